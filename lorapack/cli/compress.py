@@ -1,0 +1,84 @@
+"""`lorapack compress`."""
+
+from typing import Any
+
+import click
+
+from lorapack.cli import options
+
+
+@click.command()
+@options.ADAPTER
+@options.DATA
+@options.OUT
+@click.option("--eval-data", metavar="FILE", help="Rows to evaluate on; otherwise cut off the data.")
+@options.METHOD
+@click.option("--plan", "plan_file", metavar="FILE", help="Carry out this plan instead of making one.")
+@click.option("--statistics", "statistics_file", metavar="FILE", help="Use what `lorapack measure` wrote.")
+@click.option(
+    "--share-init",
+    type=click.Choice(["closed", "copy", "fresh"]),
+    default="closed",
+    show_default=True,
+    help="Where a shared adapter starts: least squares, a copy of one layer, or anew.",
+)
+@click.option("--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none.")
+@click.option(
+    "--objective", type=click.Choice(["kl", "task"]), default="kl", show_default=True, help="Of the recovery."
+)
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery.")
+@options.SAMPLE
+@options.AVERAGE
+@options.SEED
+@options.MODEL
+@options.REVISION
+@options.JSON
+def compress(
+    adapter: str,
+    data: str,
+    out: str,
+    overwrite: bool,
+    plan_file: str | None,
+    statistics_file: str | None,
+    revision: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Make ADAPTER smaller: measure, plan, pack, recover, evaluate, write.
+
+    ADAPTER is a PEFT directory or a Hub id. OUT loads with PeftModel.from_pretrained after
+    `import lorapack`, and `lorapack expand` makes a plain PEFT adapter of it.
+
+    \b
+    Example:
+      lorapack compress my-adapter --data calibration.jsonl -o smaller
+    """
+    from pathlib import Path
+
+    from lorapack.cli.files import read_plan, read_statistics
+    from lorapack.cli.progress import watch
+    from lorapack.compress import compress_adapter
+    from lorapack.core.report import to_json
+    from lorapack.hub import find_adapter, read_adapter
+    from lorapack.write import new_directory, put_adapter
+
+    with new_directory(out, overwrite=overwrite, inputs=(adapter,)) as directory:
+        source = find_adapter(adapter, revision)
+        made = compress_adapter(
+            read_adapter(source),
+            data,
+            name=Path(adapter).name,
+            plan=read_plan(plan_file) if plan_file else None,
+            statistics=read_statistics(statistics_file) if statistics_file else None,
+            watch=watch,
+            **settings,
+        )
+        put_adapter(made.adapter, directory, report=made.report)
+    if as_json:
+        click.echo(to_json(made.report), nl=False)
+        return
+    from lorapack.cli.show import print_report
+
+    print_report(made.report)
+    click.echo(f"Wrote {out}")

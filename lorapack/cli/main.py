@@ -1,0 +1,73 @@
+"""The group of commands, and how their errors reach the user."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from lorapack import __version__
+from lorapack.cli.compress import compress
+from lorapack.cli.evaluate import evaluate
+from lorapack.cli.expand import expand
+from lorapack.cli.inspect import inspect
+from lorapack.cli.measure import measure
+from lorapack.cli.plan import plan
+from lorapack.errors import InputError
+
+BAD_INPUT, INTERRUPTED, INTERNAL = 2, 130, 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lorapack")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Make a LoRA adapter smaller, and prove what it cost."""
+
+
+for command in (compress, inspect, measure, plan, evaluate, expand):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run the command line; exit 0, 2 for bad input (one line on stderr), 1 for a fault of ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours says how far it is
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    debug = "--debug" in sys.argv
+    if debug:  # wherever it stands
+        sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug))
+
+
+def _run(work: Callable[[], Any], debug: bool) -> int:
+    try:
+        return work() or 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return _say("interrupted, nothing was written", INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except click.ClickException as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            error.show()
+            return BAD_INPUT
+        where = getattr(error, "ctx", None)
+        hint = f" (see `{where.command_path} --help`)" if where else ""
+        return _say(error.format_message().replace("\n", " ") + hint, BAD_INPUT)
+    except InputError as error:
+        if debug:
+            raise
+        return _say(str(error).replace("\n", " "), BAD_INPUT)
+    except Exception as error:
+        if debug:
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        return _say(f"a fault in lorapack: {type(error).__name__}: {first} (--debug shows where)", INTERNAL)
+
+
+def _say(message: str, code: int) -> int:
+    click.echo(f"lorapack: {message}", err=True)
+    return code

@@ -1,0 +1,80 @@
+"""Options that several commands have, each written once."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from lorapack.errors import InputError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """One decorator for several options, in the order of the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def parse_columns(_: click.Context, __: click.Parameter, value: str | None) -> dict[str, str]:
+    """``prompt=question,completion=answer`` as a dictionary."""
+    if not value:
+        return {}
+    pairs = [part.partition("=") for part in value.split(",")]
+    if not all(role.strip() and column.strip() for role, _, column in pairs):
+        raise InputError(f"--columns {value!r}: write role=column, for example prompt=question,completion=answer")
+    return {role.strip(): column.strip() for role, _, column in pairs}
+
+
+ADAPTER = click.argument("adapter", metavar="ADAPTER")
+REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
+OUT = together(
+    click.option("-o", "--out", required=True, metavar="OUT", help="Where to write."),
+    click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
+MODEL = together(
+    click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says."),
+    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+    click.option(
+        "--dtype",
+        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+        default="auto",
+        show_default=True,
+        help="Of the base weights; auto: float32 on the CPU, the checkpoint's on a GPU.",
+    ),
+    click.option("--max-length", type=int, metavar="N", help="Tokens a row; longer ones are cut. [default: 512]"),
+    click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens a batch."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
+)
+DATA = together(
+    click.option(
+        "--data", required=True, metavar="FILE", help="Rows: .jsonl .json .csv .parquet .txt, or ID[:CONFIG][:SPLIT]."
+    ),
+    click.option(
+        "--columns", callback=parse_columns, metavar="ROLE=COL,…", help="Which columns to use, if not the usual ones."
+    ),
+)
+SAMPLE = click.option(
+    "--sample", default="20%", show_default=True, metavar="N|P%", help="How many rows to calibrate on."
+)
+AVERAGE = click.option(
+    "--average",
+    type=click.Choice(["token", "sample"]),
+    default="token",
+    show_default=True,
+    help="What weighs the same in the statistics: each token or each row.",
+)
+METHOD = together(
+    click.option("--method", default="lora-drop", show_default=True, help="How to choose what to keep."),
+    click.option(
+        "--threshold", type=float, default=0.9, show_default=True, help="lora-drop: the importance to keep (T)."
+    ),
+    click.option("--budget", metavar="N|P%", help="Parameters allowed, instead of a threshold."),
+)

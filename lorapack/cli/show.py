@@ -1,0 +1,92 @@
+"""Values as tables on the terminal."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorapack.core.report import Quality, Report
+from lorapack.write.card import shown
+
+if TYPE_CHECKING:
+    from lorapack.core.plan import Plan
+
+VARIANTS = ("base", "original", "compressed")
+
+
+def console() -> Console:
+    """Standard output; in a file or a pipe as wide as the table needs, without colours."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=120)
+
+
+def table(title: str, *columns: str) -> Table:
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+    return made
+
+
+def print_report(report: Report) -> None:
+    out = console()
+    sizes = table("Modules", "type", "modules", "kept", "shared", "dropped", "parameters", "after")
+    for row in report.types:
+        numbers = (row.modules, row.kept, row.shared, row.dropped, row.parameters_before, row.parameters_after)
+        sizes.add_row(row.type, *(f"{n:,}" for n in numbers))
+    out.print(sizes)
+    before, after = report.before, report.after
+    whole = table("Size", "", "before", "after", "left")
+    for name, one, two in (
+        ("LoRA parameters", before.parameters, after.parameters),
+        ("LoRA bytes", before.bytes, after.bytes),
+        ("pairs of factors", before.factors, after.factors),
+        ("carried bytes (saved modules, embeddings)", before.carried_bytes, after.carried_bytes),
+    ):
+        whole.add_row(name, f"{one:,}", f"{two:,}", f"{two / one:.1%}" if one else "–")
+    out.print(whole)
+    steps = table("Steps", "", "seconds", "peak MB")
+    for name, step in report.run["steps"].items():
+        steps.add_row(name, f"{step['seconds']:.1f}", f"{step['peak_mb']:,}")
+    out.print(steps)
+    data = report.data
+    parts = ", ".join(f"{name} {part['rows']}" for name, part in data["parts"].items())
+    columns = ", ".join(f"{role}={column}" for role, column in data["columns"].items())
+    out.print(
+        f"Data: {columns}; rows: {parts}; {data['rows_unusable']} unusable, {data['rows_cut']} cut", soft_wrap=True
+    )
+    if report.recovery:
+        curve = report.recovery["curve"]
+        out.print(
+            f"Recovery: {report.recovery['objective']} on the selection rows {curve[0][1]:.4f} at the start, "
+            f"{min(value for _, value in curve):.4f} at step {report.recovery['best']} of {report.recovery['steps']}",
+            soft_wrap=True,
+        )
+    print_quality(report.quality)
+
+
+def print_quality(quality: Quality) -> None:
+    out = console()
+    variants = [v for v in VARIANTS if any(v in found for found in quality.metrics.values())]
+    figures = table(f"Quality on {quality.rows:,} held-out rows (95% intervals)", "", *variants)
+    for name, found in quality.metrics.items():
+        figures.add_row(name, *(shown(found.get(variant)) for variant in variants))
+    if quality.divergence:
+        figures.add_row("KL from the original", *["" for _ in variants[:-1]], shown(quality.divergence))
+    if quality.agreement:
+        figures.add_row("same prediction", *["" for _ in variants[:-1]], shown(quality.agreement, percent=True))
+    if quality.retained:
+        figures.add_row("gain retained", *["" for _ in variants[:-1]], shown(quality.retained, percent=True))
+    out.print()
+    out.print(figures)
+
+
+def print_plan(plan: "Plan", planned: int, whole: int) -> None:
+    out = console()
+    rows = table(f"Plan by {plan.method}", "module", "score", "action", "rank", "reason")
+    for choice in plan.choices:
+        score = "–" if choice.score is None else f"{choice.score:.4f}"
+        action = f"share {choice.group}" if choice.group else choice.action
+        rows.add_row(choice.module, score, action, "" if choice.rank is None else str(choice.rank), choice.reason)
+    out.print(rows)
+    out.print(f"{planned:,} of {whole:,} parameters ({planned / whole:.1%})")

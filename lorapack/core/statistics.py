@@ -1,0 +1,181 @@
+"""What measuring yields: for every module, r x r moments of its low-rank branch.
+
+With ``h = A x`` (r numbers a token) and ``u = dloss/dh``, the sums over tokens
+
+    forward = sum w h h^T        backward = sum w u u^T        cross = sum w u h^T
+
+determine everything the plans need, and nothing of size d x d is stored. They are *sums*: the
+statistics of two shards of the data add up to the statistics of the whole.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapack.core.adapter import Adapter
+from lorapack.errors import InputError
+
+VERSION = 1
+PARTS = ("forward", "backward", "cross")
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over calibration tokens for one module, each (rank, rank) float64.
+
+    Attributes:
+        forward: sum of ``w h h^T`` with ``h = A x``.
+        backward: sum of ``w u u^T`` with ``u = dloss/dh``; None where no loss was computed.
+        cross: sum of ``w u h^T``; None likewise. Its trace is the loss's derivative by the
+            module's output scale.
+    """
+
+    forward: Tensor
+    backward: Tensor | None = None
+    cross: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Measured moments with what they were measured on.
+
+    Attributes:
+        modules: moments by module name.
+        weight: the sum of the token weights ``w``. With ``average == "token"`` each token weighs 1
+            and this is the token count; with ``"sample"`` the tokens of a row share the weight 1
+            and it is the row count.
+        tokens, samples: how many there were, padding excluded.
+        average: ``"token"`` or ``"sample"``.
+        provenance: JSON facts (adapter digest, base model, data, seed).
+    """
+
+    modules: Mapping[str, Moments]
+    weight: float
+    tokens: int
+    samples: int
+    average: str
+    provenance: Mapping[str, Any]
+
+    def mean(self, module: str) -> Tensor:
+        """E[h h^T], (rank, rank) float64."""
+        return self.modules[module].forward / self.weight
+
+
+def add(first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of both shards together.
+
+    Raises:
+        InputError: they are of different modules, adapters, bases or averages.
+    """
+    if first.modules.keys() != second.modules.keys():
+        raise InputError("the two statistics are of different modules and cannot be added")
+    for name, one, two in (
+        ("average", first.average, second.average),
+        *((key, first.provenance.get(key), second.provenance.get(key)) for key in ("adapter", "base_model")),
+    ):
+        if one != two:
+            raise InputError(f"the two statistics differ in {name} ({one!r} and {two!r}) and cannot be added")
+
+    def total(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+        return None if one is None or two is None else one + two
+
+    return Statistics(
+        modules={
+            name: Moments(
+                a.forward + second.modules[name].forward,
+                total(a.backward, second.modules[name].backward),
+                total(a.cross, second.modules[name].cross),
+            )
+            for name, a in first.modules.items()
+        },
+        weight=first.weight + second.weight,
+        tokens=first.tokens + second.tokens,
+        samples=first.samples + second.samples,
+        average=first.average,
+        provenance=first.provenance,
+    )
+
+
+def output_norms(adapter: Adapter, statistics: Statistics) -> dict[str, float]:
+    """E||scale * B h||^2 of every measured module: the mean squared norm of the LoRA output.
+
+    Exact, from the identity E||s B h||^2 = s^2 tr(B^T B E[h h^T]).
+
+    Source: LoRA-drop (arXiv 2402.07721), section 3.2.
+    """
+    norms = {}
+    for module in statistics.modules:
+        b = adapter.factors(module).B.double()
+        norms[module] = adapter.scale(module) ** 2 * float(((b.T @ b) * statistics.mean(module)).sum())
+    return norms
+
+
+def check_fits(statistics: Statistics, adapter: Adapter) -> None:
+    """Refuse statistics that were not measured on this adapter's modules.
+
+    Raises:
+        InputError: a module without moments, or moments of another rank; names the module.
+    """
+    for module in adapter.linear:
+        if module not in statistics.modules:
+            raise InputError(f"the statistics have nothing on {module}: measure this adapter first")
+        rank, measured = adapter.factors(module).rank, statistics.modules[module].forward.shape[0]
+        if rank != measured:
+            raise InputError(f"the statistics of {module} are of rank {measured}, the adapter's is {rank}")
+
+
+def to_tensors(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The file's tensors and its metadata; `from_tensors` is the way back."""
+    tensors = {
+        f"{module}.{part}": value.contiguous()
+        for module, moments in statistics.modules.items()
+        for part in PARTS
+        if (value := getattr(moments, part)) is not None
+    }
+    header = {
+        "version": VERSION,
+        "weight": statistics.weight,
+        "tokens": statistics.tokens,
+        "samples": statistics.samples,
+        "average": statistics.average,
+        "provenance": dict(statistics.provenance),
+    }
+    return tensors, {"lorapack_statistics": json.dumps(header, sort_keys=True)}
+
+
+def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Statistics:
+    """Rebuild statistics from a file's tensors and metadata.
+
+    Raises:
+        InputError: not such a file, an unknown version, or a moment that is not square or finite.
+    """
+    try:
+        header = json.loads(metadata["lorapack_statistics"])
+        version = header["version"]
+        if version != VERSION:
+            raise InputError(f"statistics of version {version}; this lorapack reads version {VERSION}")
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition(".")
+            if part not in PARTS or not module:
+                raise InputError(f"statistics hold {name!r}, which is no moment")
+            if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or not torch.isfinite(tensor).all():
+                raise InputError(f"the moment {name!r} is not a square matrix of finite numbers")
+            parts.setdefault(module, {})[part] = tensor.double()
+        for module, found in parts.items():
+            if "forward" not in found:
+                raise InputError(f"statistics of {module} have no forward moment")
+        return Statistics(
+            modules={module: Moments(**found) for module, found in parts.items()},
+            weight=float(header["weight"]),
+            tokens=int(header["tokens"]),
+            samples=int(header["samples"]),
+            average=str(header["average"]),
+            provenance=dict(header["provenance"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"no statistics written by `lorapack measure` ({error})") from error

@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: rows, their columns, disjoint parts, token ids, batches."""

@@ -1,0 +1,143 @@
+"""From a data source to the token ids of each part."""
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorapack.data.columns import Columns, Example, detect, examples
+from lorapack.data.encode import Encoded, encode
+from lorapack.data.rows import Row, read_rows
+from lorapack.data.split import Parts, split
+from lorapack.errors import InputError
+from lorapack.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Encoded rows by part, and what is to be known of them.
+
+    Attributes:
+        calibration, recovery, selection, evaluation: see `lorapack.data.split.Parts`.
+        facts: JSON for the report: sources, columns, counts, and which rows went where.
+    """
+
+    calibration: list[Encoded]
+    recovery: list[Encoded]
+    selection: list[Encoded]
+    evaluation: list[Encoded]
+    facts: dict[str, Any]
+
+
+def prepare(
+    loaded: Loaded,
+    data: str,
+    *,
+    eval_data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    sample: str,
+    seed: int,
+    most_recovery: int,
+) -> Prepared:
+    """Read, cut into parts and tokenise.
+
+    Args:
+        loaded: whose tokenizer and task decide.
+        data: see `lorapack.data.rows.read_rows`.
+        eval_data: evaluation rows of their own; otherwise they are cut off the data.
+        columns: role to column, where the usual names do not fit.
+        sample: how much to calibrate on, see `lorapack.data.split.split`.
+        seed: of the cut.
+        most_recovery: no more rows than that are kept for the recovery.
+
+    Raises:
+        InputError: whatever is wrong with the data.
+    """
+    usable, found, facts = usable_rows(loaded, data, columns)
+    evaluation = None
+    if eval_data is not None:
+        evaluation, _, other = usable_rows(loaded, eval_data, columns)
+        facts["evaluation_source"] = other
+    parts = split(usable, sample=sample, seed=seed, evaluation=evaluation)
+    parts = Parts(parts.calibration, parts.recovery[:most_recovery], parts.selection, parts.evaluation)
+    encoded = {
+        name: encode(getattr(parts, name), loaded.tokenizer, loaded.longest, loaded.label_ids)
+        for name in ("calibration", "recovery", "selection", "evaluation")
+    }
+    for name, rows in encoded.items():
+        if not rows:
+            raise InputError(f"{data}: no row of the {name} part has anything to predict; more rows are needed")
+        check_labels(loaded, rows, data)
+    facts |= {
+        "form": found.form,
+        "columns": dict(found.roles),
+        "seed": seed,
+        "sample": sample,
+        "longest": loaded.longest,
+        "rows_cut": sum(row.cut > 0 for rows in encoded.values() for row in rows),
+        "tokens_cut": sum(row.cut for rows in encoded.values() for row in rows),
+        "parts": {
+            name: {
+                "rows": len(encoded[name]),
+                "tokens": sum(len(row.input_ids) for row in encoded[name]),
+                "fingerprints": sorted(fingerprint(e) for e in getattr(parts, name)),
+            }
+            for name in encoded
+        },
+    }
+    return Prepared(**encoded, facts=facts)
+
+
+def prepare_evaluation(
+    loaded: Loaded, data: str, columns: Mapping[str, str] | None = None, used: Collection[str] = ()
+) -> tuple[list[Encoded], dict[str, Any]]:
+    """All usable rows of a source, but for those that have been used before.
+
+    Args:
+        loaded: whose tokenizer and task decide.
+        data: the source.
+        columns: role to column.
+        used: fingerprints of rows that may not be evaluated on.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    usable, found, facts = usable_rows(loaded, data, columns)
+    unique = {e.content: e for e in reversed(usable)}
+    fresh = [e for e in reversed(unique.values()) if fingerprint(e) not in used]
+    if not fresh:
+        raise InputError(f"{data}: every usable row was used to compress this adapter; evaluate on other data")
+    rows = encode(fresh, loaded.tokenizer, loaded.longest, loaded.label_ids)
+    if not rows:
+        raise InputError(f"{data}: no row has anything to predict")
+    check_labels(loaded, rows, data)
+    facts |= {"form": found.form, "columns": dict(found.roles), "rows_used_before": len(unique) - len(fresh)}
+    return rows, facts
+
+
+def usable_rows(
+    loaded: Loaded, data: str, columns: Mapping[str, str] | None
+) -> tuple[list[Example], Columns, dict[str, Any]]:
+    rows: Sequence[Row] = read_rows(data)
+    found = detect(rows, loaded.task == "SEQ_CLS", columns or {})
+    usable = examples(rows, found)
+    if not usable:
+        raise InputError(f"{data}: none of its {len(rows)} rows is usable with the columns {found}")
+    return usable, found, {"source": str(data), "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
+
+
+def check_labels(loaded: Loaded, rows: Sequence[Encoded], data: str) -> None:
+    """A label the model cannot predict is the user's mistake, not an index error in a kernel."""
+    if loaded.task != "SEQ_CLS" or loaded.is_regression:
+        return
+    classes = int(loaded.base.config.num_labels)
+    for row in rows:
+        if row.labels not in range(classes):
+            raise InputError(
+                f"{data} row {row.row}: the label {row.labels} is not one of the model's {classes} classes"
+            )
+
+
+def fingerprint(example: Example) -> str:
+    """64 bits that tell rows apart."""
+    return hashlib.sha256(example.content.encode()).hexdigest()[:16]

@@ -1,0 +1,9 @@
+"""The errors a user can meet. Each says what, where, and what to do, in one line."""
+
+
+class InputError(Exception):
+    """What was given cannot be used; the message is one line for the user. Exit code 2."""
+
+
+class OutputError(InputError):
+    """The result cannot be written (exists, no permission, no space). Exit code 2."""

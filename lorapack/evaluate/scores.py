@@ -1,0 +1,77 @@
+"""What each variant of the model does on each row."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lorapack.data.batches import Batch
+from lorapack.model.forward import divergences, losses, predict
+from lorapack.model.load import Loaded
+from lorapack.model.point import Placed, point
+
+Numbers = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Sums a row, so that any resampling of the rows is a weighted sum. All (rows,) float64.
+
+    Attributes:
+        predictions: how many tokens (or 1 label) were predicted.
+        loss: sum over them of the cross entropy in nats, or the squared error.
+        divergence: sum of KL(original || this) in nats; 0 for the original.
+        agreement: how often the most likely prediction is the original's.
+        target, predicted: with a label: the class or number, true and predicted.
+    """
+
+    predictions: Numbers
+    loss: Numbers
+    divergence: Numbers
+    agreement: Numbers
+    target: Numbers
+    predicted: Numbers
+
+
+def score(
+    loaded: Loaded, variants: Mapping[str, Placed], reference: str, batches: Iterable[Batch], rows: int
+) -> dict[str, Scores]:
+    """Run every variant on every batch.
+
+    Args:
+        loaded: the base model; it is left pointing at the last variant.
+        variants: the factors to compare.
+        reference: the variant that the others are compared with.
+        batches: together they have each of the rows once.
+        rows: how many there are.
+    """
+    names = [reference, *(name for name in variants if name != reference)]
+    fields = ("predictions", "loss", "divergence", "agreement", "target", "predicted")
+    tables = {name: {field: np.zeros(rows) for field in fields} for name in names}
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(loaded.device)
+            places = np.array(batch.places)
+            teacher = None
+            for name in names:
+                point(loaded, variants[name])
+                found = predict(loaded, batch)
+                if teacher is None:
+                    teacher = found.logits
+                which = found.rows.cpu().numpy()
+                best, top = found.logits.argmax(-1), teacher.argmax(-1)
+                value = found.logits[:, 0] if loaded.is_regression else best
+                table = tables[name]
+                for field, values in (
+                    ("predictions", torch.ones_like(value)),
+                    ("loss", losses(loaded, found)),
+                    ("divergence", divergences(loaded, teacher, found.logits)),
+                    ("agreement", best == top),
+                ):
+                    np.add.at(table[field], places[which], values.double().cpu().numpy())
+                if loaded.task == "SEQ_CLS":
+                    table["target"][places] = found.targets.double().cpu().numpy()
+                    table["predicted"][places] = value.double().cpu().numpy()
+    return {name: Scores(**table) for name, table in tables.items()}

@@ -1,0 +1,54 @@
+"""Adapters by path or by Hub id."""
+
+import re
+from pathlib import Path
+
+from lorapack.core.adapter import Adapter
+from lorapack.errors import InputError
+from lorapack.read.adapter import BIN, CONFIG, REPORT, SAFETENSORS
+from lorapack.read.adapter import read_adapter as read_directory
+
+_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
+
+
+def find_adapter(source: str | Path, revision: str | None = None) -> Path:
+    """The local directory of an adapter; one on the Hub is put into the Hub's own cache.
+
+    Offline settings (``HF_HUB_OFFLINE``), ``HF_HOME``, ``HF_TOKEN`` and ``HF_ENDPOINT`` are respected.
+
+    Args:
+        source: a directory, or ``owner/name`` on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: neither a directory nor a repository within reach.
+    """
+    path = Path(source)
+    if path.exists() or not _ID.match(str(source)):
+        if revision is not None:
+            raise InputError(f"--revision is for adapters on the Hub; {source} is a path")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG, SAFETENSORS, BIN, REPORT])
+    except LocalEntryNotFoundError:
+        raise InputError(f"{source} is no directory, and not in the Hub cache while the Hub is out of reach") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{source} is no directory, and the Hub does not give it out ({reason[:160]})") from None
+    return Path(found)
+
+
+def read_adapter(source: str | Path, revision: str | None = None) -> Adapter:
+    """Read an adapter from a directory or from the Hub.
+
+    Args:
+        source: a directory with PEFT's or the compact format, or ``owner/name`` on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: what is missing, damaged or not supported, in one line.
+    """
+    return read_directory(find_adapter(source, revision))

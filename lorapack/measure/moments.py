@@ -1,0 +1,161 @@
+"""The measuring pass: hooks on the low-rank branch of every linear module."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorapack.core.statistics import Moments, Statistics
+from lorapack.data.batches import Batch
+from lorapack.errors import InputError
+from lorapack.model.forward import losses, predict, run_body
+from lorapack.model.load import NAME, Loaded
+
+Average = Literal["token", "sample"]
+
+
+class _Weights:
+    """The batch at hand: which positions are tokens, and what each weighs in the sums."""
+
+    mask: Tensor
+    values: Tensor
+
+    def set(self, batch: Batch, average: Average) -> None:
+        self.mask = batch.attention_mask.bool()
+        lengths = batch.attention_mask.sum(dim=1, keepdim=True).double()
+        each = torch.ones_like(lengths) if average == "token" else 1 / lengths
+        self.values = each.expand_as(self.mask)[self.mask]
+
+    def pick(self, module: str, values: Tensor) -> Tensor:
+        """(tokens, n) float64: the values at the tokens, padding left out."""
+        if values.shape[:2] != self.mask.shape:
+            raise InputError(
+                f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
+                "so padding cannot be told apart; it cannot be measured"
+            )
+        return values.detach()[self.mask].double()
+
+
+def measure_moments(
+    loaded: Loaded,
+    modules: Iterable[str],
+    batches: Iterable[Batch],
+    *,
+    loss: bool = False,
+    average: Average = "token",
+    provenance: Mapping[str, Any] | None = None,
+) -> Statistics:
+    """Sum the moments of every module over all tokens of the batches, in float64.
+
+    float64 also on a GPU: the sums are r x r, so even cards with few float64 units lose no time to it,
+    and the result does not depend on the order of the batches beyond the last bits.
+
+    Args:
+        loaded: the base with the adapter pointed to.
+        modules: which to measure.
+        batches: of rows; padding is left out.
+        loss: also the backward moments. The loss is the sum over the predictions, so u does not
+            depend on the batch size. Without it the head is never computed.
+        average: each token weighs 1, or each row does.
+        provenance: facts to keep with the result.
+
+    Raises:
+        InputError: a module that is never reached, or whose tokens cannot be told from padding.
+    """
+    modules = list(modules)
+    sums: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
+    weights = _Weights()
+    weight = tokens = samples = 0.0
+
+    def add(module: str, part: str, left: Tensor, right: Tensor) -> None:
+        product = (left * weights.values[:, None]).T @ right
+        sums[module][part] = product if part not in sums[module] else sums[module][part] + product
+
+    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+        def forward(_: Any, __: Any, h: Tensor) -> None:
+            seen = weights.pick(module, h)
+            add(module, "forward", seen, seen)
+            if loss:
+                if not h.requires_grad:
+                    h.requires_grad_()  # frozen factors: the graph begins here, no weight gradient is computed
+
+                def backward(u: Tensor) -> None:
+                    found = weights.pick(module, u)
+                    add(module, "backward", found, found)
+                    add(module, "cross", found, seen)
+
+                h.register_hook(backward)  # type: ignore[no-untyped-call]
+
+        return forward
+
+    with hooked(loaded, {module: hook(module) for module in modules}), torch.set_grad_enabled(loss):
+        for batch in batches:
+            batch = batch.to(loaded.device)
+            weights.set(batch, average)
+            weight += float(weights.values.sum())
+            tokens += int(weights.mask.sum())
+            samples += len(batch.input_ids)
+            if loss:
+                losses(loaded, predict(loaded, batch)).sum().backward()  # type: ignore[no-untyped-call]
+            else:
+                run_body(loaded, batch)
+    for module in modules:
+        if not sums[module]:
+            raise InputError(f"{module} was never reached by the calibration data, so it cannot be measured")
+    return Statistics(
+        modules={module: Moments(**{part: value.cpu() for part, value in sums[module].items()}) for module in modules},
+        weight=weight,
+        tokens=int(tokens),
+        samples=int(samples),
+        average=average,
+        provenance=dict(provenance or {}),
+    )
+
+
+def measure_inputs(
+    loaded: Loaded, bases: Mapping[str, Tensor], batches: Iterable[Batch], average: Average = "token"
+) -> dict[str, Tensor]:
+    """E[y y^T] of ``y = Q x`` for the inputs x of some modules: what a shared adapter is fitted to.
+
+    Args:
+        loaded: the base with the adapter pointed to.
+        bases: for each module its group's Q, (q, d_in).
+        batches: of rows; padding is left out.
+        average: each token weighs 1, or each row does.
+
+    Returns:
+        For each module a (q, q) float64 mean.
+    """
+    on_device = {id(q): q.to(loaded.device) for q in bases.values()}
+    sums: dict[str, Tensor] = {}
+    weights = _Weights()
+    weight = 0.0
+
+    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+        def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
+            y = weights.pick(module, given[0]) @ on_device[id(bases[module])].T
+            product = (y * weights.values[:, None]).T @ y
+            sums[module] = product if module not in sums else sums[module] + product
+
+        return forward
+
+    with hooked(loaded, {module: hook(module) for module in bases}), torch.no_grad():
+        for batch in batches:
+            batch = batch.to(loaded.device)
+            weights.set(batch, average)
+            weight += float(weights.values.sum())
+            run_body(loaded, batch)
+    return {module: (total / weight).cpu() for module, total in sums.items()}
+
+
+@contextmanager
+def hooked(loaded: Loaded, hooks: Mapping[str, Callable[[Any, Any, Tensor], None]]) -> Iterator[None]:
+    """Forward hooks on the first factor (A) of some modules, for as long as the block runs."""
+    handles = [loaded.layers[module].lora_A[NAME].register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""The base model in memory, with an adapter's factors attached and exchangeable."""

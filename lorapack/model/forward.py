@@ -1,0 +1,81 @@
+"""Run a batch: through the body alone, or up to the logits that count."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lorapack.data.batches import Batch
+from lorapack.data.encode import IGNORED
+from lorapack.model.load import Loaded
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """The model's output where something is to be predicted.
+
+    Attributes:
+        logits: (n, classes) float32.
+        targets: (n,) the class, or the number for regression.
+        rows: (n,) which row of the batch each belongs to.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+
+def inputs(batch: Batch) -> dict[str, Tensor]:
+    found = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    return found | ({"token_type_ids": batch.token_types} if batch.token_types is not None else {})
+
+
+def run_body(loaded: Loaded, batch: Batch) -> None:
+    """Run the layers without the head, unless the adapter acts on the head."""
+    base = loaded.base
+    body = base.base_model
+    inside = {id(module) for module in body.modules()}
+    if all(id(layer) in inside for layer in loaded.layers.values()):
+        body(**inputs(batch), **_no_cache(loaded))
+    else:
+        base(**inputs(batch), **_no_cache(loaded))
+
+
+def predict(loaded: Loaded, batch: Batch) -> Predictions:
+    """The logits at the positions with a label; for a language model the head sees only the columns that have one."""
+    base = loaded.base
+    if loaded.task == "SEQ_CLS":
+        logits = base(**inputs(batch), **_no_cache(loaded)).logits.float()
+        return Predictions(logits, batch.labels, torch.arange(len(logits), device=logits.device))
+    wanted = batch.labels[:, 1:] != IGNORED  # the logits at t predict the token at t + 1
+    columns = wanted.any(dim=0).nonzero()[:, 0]
+    options = _no_cache(loaded)
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        logits = base(**inputs(batch), logits_to_keep=columns, **options).logits
+    else:
+        logits = base(**inputs(batch), **options).logits[:, columns]
+    chosen = wanted[:, columns]
+    rows = chosen.nonzero()[:, 0]
+    return Predictions(logits[chosen].float(), batch.labels[:, 1:][:, columns][chosen], rows)
+
+
+def losses(loaded: Loaded, found: Predictions) -> Tensor:
+    """(n,) the loss of each prediction: cross entropy, or squared error for regression."""
+    if loaded.is_regression:
+        return (found.logits[:, 0] - found.targets.float()) ** 2
+    return functional.cross_entropy(found.logits, found.targets, reduction="none")
+
+
+def divergences(loaded: Loaded, teacher: Tensor, student: Tensor) -> Tensor:
+    """(n,) KL(teacher || student) of the predicted distributions; squared difference for regression."""
+    if loaded.is_regression:
+        return ((teacher - student) ** 2)[:, 0]
+    return functional.kl_div(
+        functional.log_softmax(student, -1), functional.log_softmax(teacher, -1), log_target=True, reduction="none"
+    ).sum(-1)
+
+
+def _no_cache(loaded: Loaded) -> dict[str, bool]:
+    return {"use_cache": False} if loaded.task == "CAUSAL_LM" else {}

@@ -1,0 +1,83 @@
+"""Cut a pair of factors to a lower rank, in one of three metrics (docs/methods/truncation.md)."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorapack.core.adapter import Factors
+from lorapack.core.linalg import root
+from lorapack.core.statistics import Moments
+
+Metric = Literal["weight", "output", "loss"]
+
+
+def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrite ``B @ A`` as a sum of rank-one atoms, the most important first.
+
+    Cutting after k atoms is the best rank-k approximation in the metric:
+
+    - ``weight``: least ||BA - B'A'||_F^2. QR of both factors, SVD of the r x r core.
+    - ``output``: least E||(BA - B'A')x||^2. With G = E[h h^T] = L L^T, SVD of B L.
+    - ``loss``: least E[(u^T (h - h'))^2] where u = dloss/dh is taken as independent of h: with
+      M = E[u u^T] = R R^T, SVD of the r x r matrix R^T L.
+
+    Args:
+        factors: A (r, d_in), B (d_out, r), any float dtype; computed in float64.
+        metric: which error is least.
+        moments: of this module, as sums or means; needed by ``output`` (forward) and ``loss``
+            (forward and backward). Singular ones are handled in their range.
+
+    Returns:
+        B' (d_out, n), A' (n, d_in) and the n atoms' shares of the squared error, falling, all
+        float64; ``B' @ A'`` acts as ``B @ A`` wherever the moments have support, and the error of
+        the first k atoms is the sum of the shares from k on. n is the numerical rank.
+
+    Source: Eckart-Young in the metric of SVD-LLM (arXiv 2403.07378, section 3) restricted to span(A).
+    """
+    a, b = factors.A.double(), factors.B.double()
+    if metric == "weight":
+        qb, rb = torch.linalg.qr(b)
+        qa, ra = torch.linalg.qr(a.T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T)
+        return qb @ u * s, vt @ qa.T, s**2
+    assert moments is not None
+    left, left_inverse = root(moments.forward)
+    if metric == "output":
+        u, s, vt = torch.linalg.svd(b @ left, full_matrices=False)
+        return u * s, vt @ left_inverse @ a, s**2
+    assert moments.backward is not None
+    right, right_inverse = root(moments.backward)
+    u, s, vt = torch.linalg.svd(right.T @ left, full_matrices=False)
+    return b @ right_inverse.T @ u * s, vt @ left_inverse @ a, s**2
+
+
+def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | None = None) -> tuple[Factors, float]:
+    """Best rank-`rank` approximation of ``B @ A`` in a metric, never forming ``B @ A``.
+
+    Args:
+        factors: A (r, d_in), B (d_out, r).
+        rank: 1 to r. Where fewer atoms exist the rest is zero.
+        metric, moments: as in `atoms`.
+
+    Returns:
+        Factors of that rank in the dtype they came in, A's and B's atoms scaled to equal length,
+        and the squared error in the metric (for means: per token).
+    """
+    b, a, shares = atoms(factors, metric, moments)
+    error = float(shares[rank:].sum())
+    b, a = b[:, :rank], a[:rank]
+    if missing := rank - a.shape[0]:
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+    b, a = balanced(b, a)
+    return Factors(a.to(factors.A.dtype), b.to(factors.B.dtype)), error
+
+
+def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Move length between b's columns and a's rows until they are equal: one dtype suits both."""
+    columns, rows = b.norm(dim=0), a.norm(dim=1)
+    live = (columns > 0) & (rows > 0)
+    ratio = torch.where(live, (rows / columns.clamp_min(1e-300)).sqrt(), torch.ones_like(rows))
+    ratio = torch.where(live, ratio, torch.ones_like(ratio))
+    return b * ratio, a / ratio[:, None]

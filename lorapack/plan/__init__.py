@@ -1,0 +1,5 @@
+"""Decide what happens to each module: statistics and adapter in, plan out."""
+
+from lorapack.plan.methods import METHODS
+
+__all__ = ["METHODS"]

@@ -1,0 +1,1 @@
+"""What makes PEFT and transformers understand the compact format once lorapack is imported."""

@@ -1,0 +1,123 @@
+"""Read files that may be damaged or hostile: every failure is one clear line, nothing is executed."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lorapack.errors import InputError
+
+LARGEST_JSON = 10_000_000  # bytes; a real adapter_config.json has two thousand
+LFS = b"version https://git-lfs"
+
+
+def read_text(path: Path) -> str:
+    """A small text file.
+
+    Raises:
+        InputError: it is missing, unreadable, too large, not UTF-8, or a Git LFS pointer.
+    """
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST_JSON + 1)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if raw.startswith(LFS):
+        raise InputError(f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from")
+    if len(raw) > LARGEST_JSON:
+        raise InputError(f"{path} is larger than {LARGEST_JSON // 1_000_000} MB: that is no configuration")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        InputError: as `read_text`, or not a JSON object.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
+        raise InputError(f"{path} is not JSON ({where})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds {type(value).__name__}, not a JSON object")
+    return value
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file, on the CPU, and its metadata.
+
+    Raises:
+        InputError: says whether it is cut off, has no valid header, or is an LFS pointer.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(diagnose(path, error)) from None
+
+
+def diagnose(path: Path, error: Exception) -> str:
+    """Why a safetensors file could not be read, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{path} cannot be read: {error.strerror}"
+    try:
+        with open(path, "rb") as file:
+            start = file.read(32)
+            length = path.stat().st_size
+            if start.startswith(LFS):
+                return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+            if len(start) < 8:
+                return f"{path} has {length} bytes: it is empty or cut off. Download it again"
+            (header,) = struct.unpack("<Q", start[:8])
+            if header > length - 8:
+                return (
+                    f"{path} is cut off or no safetensors file: its header claims {header:,} bytes, "
+                    f"the file has {length:,}. Download it again"
+                )
+            file.seek(8)
+            entries = json.loads(file.read(header))
+            end = 8 + header + max(e["data_offsets"][1] for n, e in entries.items() if n != "__metadata__")
+            if end > length:
+                return f"{path} is cut off: it has {length:,} bytes, its header wants {end:,}. Download it again"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        pass
+    return f"{path} is no valid safetensors file ({str(error).splitlines()[0]})"
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.bin` file written by `torch.save`; objects other than tensors are refused.
+
+    Raises:
+        InputError: unreadable, or something else than a dictionary of tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:  # unpickling damaged bytes raises nearly anything
+        with open(path, "rb") as file:
+            if file.read(len(LFS)) == LFS:
+                raise InputError(
+                    f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` where it came from"
+                ) from None
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{path} cannot be read as tensors only, nothing in it was executed ({first[:120]}). "
+            "Ask its author for adapter_model.safetensors"
+        ) from None
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise InputError(f"{path} holds something else than named tensors")
+    return dict(state)

@@ -1,0 +1,89 @@
+"""An `Adapter` as PEFT's two halves, configuration and named tensors; no file is touched."""
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from lorapack.core.adapter import Adapter, Factors
+from lorapack.core.names import PREFIX, order
+from lorapack.read.compact import STEM, VERSION
+from lorapack.read.config import COMPACT_TYPE
+
+
+def compact_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The smallest form: each distinct pair of factors once.
+
+    Where nothing is shared this is plain PEFT, which every tool reads.
+    """
+    groups = adapter.groups
+    config = _config(adapter)
+    tensors = dict(adapter.carried)
+    if groups:
+        config["peft_type"] = COMPACT_TYPE
+        config["lorapack"] = {"version": VERSION, "shared": {name: groups[name] for name in sorted(groups)}}
+    for name, factors in adapter.pool.items():
+        if name in groups:
+            tensors |= {f"{STEM}{name}.A": factors.A, f"{STEM}{name}.B": factors.B}
+    for module, pointer in adapter.modules.items():
+        if pointer.factors not in groups:
+            tensors |= _named(module, adapter.factors(module))
+    return config, tensors
+
+
+def peft_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Plain PEFT LoRA: shared factors are repeated for every module that points to them."""
+    tensors = dict(adapter.carried)
+    for module in adapter.modules:
+        tensors |= {name: tensor.clone() for name, tensor in _named(module, adapter.factors(module)).items()}
+    return _config(adapter), tensors
+
+
+def _named(module: str, factors: Factors) -> dict[str, Tensor]:
+    if factors.kind == "embedding":
+        return {f"{PREFIX}{module}.lora_embedding_A": factors.A, f"{PREFIX}{module}.lora_embedding_B": factors.B}
+    return {f"{PREFIX}{module}.lora_A.weight": factors.A, f"{PREFIX}{module}.lora_B.weight": factors.B}
+
+
+def _config(adapter: Adapter) -> dict[str, Any]:
+    """The source's configuration with ranks, alphas and targets that say what is there now.
+
+    Every module is named in full, so that PEFT makes a layer for these modules and no other, and
+    a module has a pattern only where it differs from the global ``r`` and ``lora_alpha``.
+    """
+    config = {key: value for key, value in adapter.config.items() if key != "lorapack"}
+    rslora = bool(config.get("use_rslora"))
+    ranks = {module: adapter.factors(module).rank for module in adapter.modules}
+    alphas = {module: _alpha(adapter.scale(module), rank, rslora) for module, rank in ranks.items()}
+    rank = max(ranks.values())
+    usual = list(alphas.values())
+    alpha = max(dict.fromkeys(usual), key=usual.count)
+    config |= {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": _pattern({m: r for m, r in ranks.items() if r != rank}),
+        "alpha_pattern": _pattern({m: a for m, a in alphas.items() if a != alpha}),
+        "target_modules": list(adapter.modules),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    return config
+
+
+def _alpha(scale: float, rank: int, rslora: bool) -> float:
+    alpha = scale * (rank**0.5 if rslora else rank)
+    nearest = round(alpha)
+    return nearest if abs(alpha - nearest) <= 1e-12 * abs(alpha) else alpha
+
+
+def _pattern(values: dict[str, Any]) -> dict[str, Any]:
+    """Keys that PEFT matches with exactly one module: escaped full names, longer ones first.
+
+    PEFT lets a key match the end of a name and takes the first that does.
+    """
+    ordered = sorted(values, key=lambda module: (-module.count("."), order(module)))
+    return {re.escape(module): values[module] for module in ordered}
