@@ -13,7 +13,7 @@ from lorapack.core.plan import Plan, check, parameters
 from lorapack.core.report import VERSION, Report, type_rows
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.data.batches import batches
-from lorapack.data.prepare import prepare
+from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
@@ -161,8 +161,10 @@ def compress_adapter(
             columns=columns,
             sample=sample,
             seed=seed,
-            most_recovery=max(1, recover_steps * batch_size),
+            most_recovery=recover_steps * batch_size,
         )
+    if statistics is not None:
+        _check_unseen(statistics, prepared)
     calibration = batches(prepared.calibration, batch_tokens, loaded.pad)
     original = place(adapter, loaded.device)
     point(loaded, original)
@@ -206,9 +208,8 @@ def compress_adapter(
             "compressed": place(packed, loaded.device),
         }
         rows = prepared.evaluation
-        found = score(
-            loaded, variants, "original", watch("evaluate", batches(rows, batch_tokens, loaded.pad)), len(rows)
-        )
+        each = batches(rows, loaded.tokens_with_logits(batch_tokens), loaded.pad)
+        found = score(loaded, variants, "original", watch("evaluate", each), len(rows))
         figures = quality(found, loaded.task, loaded.is_regression, seed)
     report = Report(
         version=VERSION,
@@ -236,6 +237,18 @@ def compress_adapter(
         run={"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "steps": steps.done},
     )
     return Compressed(packed, report)
+
+
+def _check_unseen(statistics: Statistics, prepared: Prepared) -> None:
+    """No evaluation row may have been measured on."""
+    parts = statistics.provenance.get("data", {}).get("parts", {})
+    seen = set(parts.get("calibration", {}).get("fingerprints", ()))
+    both = seen & set(prepared.facts["parts"]["evaluation"]["fingerprints"])
+    if both:
+        raise InputError(
+            f"{len(both)} evaluation rows were measured on for the statistics: use the --data, --seed and --sample "
+            "they were measured with, or --eval-data"
+        )
 
 
 def _versions() -> dict[str, Any]:

@@ -65,7 +65,7 @@ def prepare(
         for name in ("calibration", "recovery", "selection", "evaluation")
     }
     for name, rows in encoded.items():
-        if not rows:
+        if not rows and not (name == "recovery" and most_recovery == 0):
             raise InputError(f"{data}: no row of the {name} part has anything to predict; more rows are needed")
         check_labels(loaded, rows, data)
     facts |= {

@@ -59,5 +59,6 @@ def evaluate_adapters(
     variants = {"base": place(None, loaded.device), "original": place(original, loaded.device)}
     if compressed is not None:
         variants["compressed"] = place(compressed, loaded.device)
-    found = score(loaded, variants, "original", watch("evaluate", batches(rows, batch_tokens, loaded.pad)), len(rows))
+    each = batches(rows, loaded.tokens_with_logits(batch_tokens), loaded.pad)
+    found = score(loaded, variants, "original", watch("evaluate", each), len(rows))
     return quality(found, loaded.task, loaded.is_regression, seed), facts

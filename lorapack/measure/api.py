@@ -56,7 +56,7 @@ def measure_adapter(
     return measure_moments(
         loaded,
         adapter.linear,
-        watch("measure", batches(rows, batch_tokens, loaded.pad)),
+        watch("measure", batches(rows, loaded.tokens_with_logits(batch_tokens) if loss else batch_tokens, loaded.pad)),
         loss=loss,
         average=average,
         provenance={

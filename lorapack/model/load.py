@@ -20,6 +20,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 NAME = "default"
 LONGEST = 512  # tokens a row, unless the user or the model says otherwise
+MOST_LOGITS = 2**27  # half a gigabyte of float32
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classifier.dense.weight")
 
 
@@ -52,6 +53,11 @@ class Loaded:
     @property
     def pad(self) -> int:
         return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+
+    def tokens_with_logits(self, tokens: int) -> int:
+        """How many of `tokens` a batch may have where logits are computed: at most `MOST_LOGITS` numbers."""
+        classes = self.base.config.get_text_config().vocab_size if self.task == "CAUSAL_LM" else 1
+        return max(1, min(tokens, MOST_LOGITS // classes))
 
     @property
     def is_regression(self) -> bool:

@@ -1,4 +1,4 @@
-"""One adapter for several layers, in closed form (docs/methods/sharing.md)."""
+"""One adapter for several layers, in closed form (docs/sharing.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

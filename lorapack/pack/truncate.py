@@ -1,4 +1,4 @@
-"""Cut a pair of factors to a lower rank, in one of three metrics (docs/methods/truncation.md)."""
+"""Cut a pair of factors to a lower rank, in one of three metrics (docs/truncation.md)."""
 
 from typing import Literal
 

@@ -88,7 +88,7 @@ def recover(
         return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    held = batches(selection, batch_tokens, loaded.pad)
+    held = batches(selection, loaded.tokens_with_logits(batch_tokens), loaded.pad)
 
     def check() -> float:
         with torch.no_grad():

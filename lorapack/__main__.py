@@ -1,0 +1,5 @@
+"""`python -m lorapack`."""
+
+from lorapack.cli import main
+
+main()

@@ -1,0 +1,98 @@
+"""What many tests need: small random models, adapters for them, and the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+BASE = FIXTURES / "stories260k"
+ADAPTER = FIXTURES / "adapter"
+CALIBRATION = FIXTURES / "tinyshakespeare" / "calibration.jsonl"
+HELDOUT = FIXTURES / "tinyshakespeare" / "heldout.jsonl"
+
+
+def llama(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+    """A random Llama with grouped queries: q_proj 32x32, k_proj and v_proj 16x32, MLP 48."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+        )
+    ).eval()
+
+
+def gpt2(layers: int = 2, seed: int = 0) -> GPT2LMHeadModel:
+    """A random GPT-2, whose layers are Conv1D (fan_in_fan_out)."""
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=layers, n_head=4, n_positions=128)).eval()
+
+
+def bert(layers: int = 3, labels: int = 2, seed: int = 0) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            num_labels=labels,
+        )
+    ).eval()
+
+
+def lora(model, path: Path, seed: int = 0, **settings) -> Path:
+    """Save a LoRA with random A and B (not zero) for the model; returns the directory."""
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings}
+    get_peft_model(model, LoraConfig(**settings)).save_pretrained(path)
+    (path / "README.md").unlink(missing_ok=True)
+    return path
+
+
+def edit(path: Path, **changes) -> None:
+    """Change keys of a JSON file; a value of None stays in it, `...` removes the key."""
+    value = json.loads(path.read_text())
+    value = {k: v for k, v in {**value, **changes}.items() if v is not ...}
+    path.write_text(json.dumps(value))
+
+
+def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "lorapack", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        timeout=300,
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> str:
+    """Check that a command refused its input as it should; returns the one line it said."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("lorapack: "), done.stderr
+    assert "Traceback" not in done.stderr
+    return lines[0]
