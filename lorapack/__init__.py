@@ -31,8 +31,9 @@ _PUBLIC = {
     "evaluate_adapters": "lorapack.evaluate",
     "measure_adapter": "lorapack.measure",
     "pack_adapter": "lorapack.pack",
-    "plan_adapter": "lorapack.compress",
+    "plan_adapter": "lorapack.job",
     "read_adapter": "lorapack.hub",
+    "sweep_adapter": "lorapack.sweep",
     "write_adapter": "lorapack.write",
 }
 __all__ = [*_PUBLIC, "__version__"]

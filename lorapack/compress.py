@@ -2,27 +2,23 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.plan import Plan, check, parameters
+from lorapack.core.plan import Metric, Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, type_rows
 from lorapack.core.statistics import Statistics, check_fits
-from lorapack.data.batches import batches
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
-from lorapack.evaluate.metrics import quality
-from lorapack.evaluate.scores import score
-from lorapack.measure.moments import Average, measure_inputs, measure_moments
+from lorapack.job import Job, Search, chosen_method, figures, measure, packed, plan_adapter, plan_budget, smallest_plan
+from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
-from lorapack.model.point import place, point
-from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
-from lorapack.plan import METHODS
+from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.recover import recover
 from lorapack.recover.recover import Objective
 from lorapack.steps import Steps
@@ -39,54 +35,9 @@ class Compressed:
     report: Report
 
 
-def plan_budget(budget: str, adapter: Adapter) -> int:
-    """A budget in parameters: ``"50%"`` of the adapter's linear factors, or a number of them.
-
-    Raises:
-        InputError: neither, or not above 0.
-    """
-    whole = size(adapter).parameters
-    try:
-        wanted = float(budget[:-1]) / 100 * whole if budget.endswith("%") else float(int(budget))
-    except ValueError:
-        raise InputError(f"--budget {budget!r} is neither a percentage like 50% nor a number of parameters") from None
-    if not 0 < wanted <= 1e18:
-        raise InputError(f"--budget {budget!r} must be above 0")
-    return int(wanted)
-
-
-def plan_adapter(
-    adapter: Adapter,
-    statistics: Statistics,
-    method: str = "lora-drop",
-    *,
-    threshold: float = 0.9,
-    budget: str | None = None,
-) -> Plan:
-    """Plan with a method by its name.
-
-    Args:
-        adapter: to plan for.
-        statistics: measured on it.
-        method: a key of `lorapack.METHODS`.
-        threshold: of lora-drop.
-        budget: see `plan_budget`; instead of the threshold.
-
-    Raises:
-        InputError: an unknown method, statistics of another adapter, or what the method refuses.
-    """
-    if method not in METHODS:
-        raise InputError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    measured_on = statistics.provenance.get("adapter")
-    if measured_on not in (None, digest(adapter)):
-        raise InputError("the statistics were measured on another adapter; measure this one")
-    limit = plan_budget(budget, adapter) if budget is not None else None
-    return METHODS[method](adapter, statistics, threshold=threshold, budget=limit)
-
-
 def compress_adapter(
     adapter: Adapter,
-    data: str,
+    data: str | None,
     base: str | None = None,
     *,
     name: str = "",
@@ -95,8 +46,9 @@ def compress_adapter(
     sample: str = SAMPLE,
     seed: int = 0,
     method: str = "lora-drop",
-    threshold: float = 0.9,
     budget: str | None = None,
+    retain: float | None = None,
+    options: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     statistics: Statistics | None = None,
     average: Average = "token",
@@ -117,13 +69,17 @@ def compress_adapter(
     Args:
         adapter: to compress; unchanged.
         data: rows to calibrate, recover and (without `eval_data`) evaluate on, in disjoint parts.
+            None, where the method or the statistics allow it, compresses without looking at the
+            base model at all: no recovery, and no figures of quality.
         base: another place for the base model than the adapter names.
         name: what to call the adapter in the report.
         eval_data: rows of their own to evaluate on.
         columns: role to column, where the usual names do not fit.
         sample: how much of the data to calibrate on, ``"20%"`` or a number of rows.
         seed: of everything that is random.
-        method, threshold, budget: see `plan_adapter`.
+        method, budget, options: see `lorapack.plan_adapter`.
+        retain: instead of a budget, the share of the gain to keep: the smallest size whose lower
+            bound is above it on the selection rows, before recovery.
         plan: a plan to carry out instead.
         statistics: measured before; otherwise they are measured here.
         average: what weighs the same in the statistics, each token or each row (``sample``).
@@ -137,10 +93,9 @@ def compress_adapter(
     Raises:
         InputError: anything given that does not fit, in one line.
     """
-    if recover_steps < 0 or batch_size < 1 or batch_tokens < 1 or not learning_rate > 0:
-        raise InputError("--recover-steps must be 0 or more, --batch-size, --batch-tokens and --learning-rate above 0")
-    if method not in METHODS:
-        raise InputError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    options = options or {}
+    chosen = chosen_method(method, options)
+    _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
     if plan is not None:
@@ -150,6 +105,15 @@ def compress_adapter(
     if budget is not None:
         plan_budget(budget, adapter)
     steps = Steps()
+    if data is None:
+        if eval_data is not None or retain is not None:
+            raise InputError("--eval-data and --retain need --data")
+        with steps.step("plan"):
+            plan = plan or plan_adapter(adapter, statistics, method, budget=budget, **options)
+        with steps.step("pack"):
+            smaller = pack_adapter(adapter, plan, statistics, None, share_init, seed)
+        facts = {"share_init": share_init, "seed": seed}
+        return Compressed(smaller, _report(adapter, smaller, plan, name, base or "", facts, steps))
     with steps.step("load"):
         loaded = load(
             adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
@@ -165,32 +129,25 @@ def compress_adapter(
         )
     if statistics is not None:
         _check_unseen(statistics, prepared)
-    calibration = batches(prepared.calibration, batch_tokens, loaded.pad)
-    original = place(adapter, loaded.device)
-    point(loaded, original)
+    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
     with steps.step("measure"):
-        if statistics is None and plan is None:
-            provenance = {"adapter": digest(adapter), "base_model": loaded.base_model, "data": prepared.facts}
-            statistics = measure_moments(
-                loaded, adapter.linear, watch("measure", calibration), average=average, provenance=provenance
-            )
-    if plan is None:
-        assert statistics is not None
-        plan = plan_adapter(adapter, statistics, method, threshold=threshold, budget=budget)
+        if statistics is None:
+            statistics = measure(job, _needed_by(plan, adapter) if plan else chosen.needs(options))
+    search: Search | None = None
+    with steps.step("plan"):
+        if plan is None and retain is not None:
+            plan, search = smallest_plan(job, statistics, chosen, options, retain)
+        elif plan is None:
+            plan = plan_adapter(adapter, statistics, method, budget=budget, **options)
     with steps.step("pack"):
-        inputs = None
-        if plan.groups and share_init == "closed":
-            bases = group_bases(adapter, plan)
-            of_module = {m: bases[group] for group in plan.groups for m in plan.members(group)}
-            inputs = measure_inputs(loaded, of_module, watch("measure shared", calibration), average)
-        packed = pack_adapter(adapter, plan, statistics, inputs, share_init, seed)
+        smaller = packed(job, plan, statistics)
     recovery = None
     with steps.step("recover"):
-        if recover_steps and packed.linear:
-            packed, recovery = recover(
+        if recover_steps and smaller.linear:
+            smaller, recovery = recover(
                 loaded,
                 adapter,
-                packed,
+                smaller,
                 prepared.recovery,
                 prepared.selection,
                 steps=recover_steps,
@@ -202,41 +159,71 @@ def compress_adapter(
                 watch=lambda items, total: watch("recover", items, total),
             )
     with steps.step("evaluate"):
-        variants = {
-            "base": place(None, loaded.device),
-            "original": original,
-            "compressed": place(packed, loaded.device),
-        }
-        rows = prepared.evaluation
-        each = batches(rows, loaded.tokens_with_logits(batch_tokens), loaded.pad)
-        found = score(loaded, variants, "original", watch("evaluate", each), len(rows))
-        figures = quality(found, loaded.task, loaded.is_regression, seed)
-    report = Report(
-        version=VERSION,
-        lorapack=lorapack.__version__,
-        base_model=adapter.base_model or loaded.base_model,
+        quality = figures(job, prepared.evaluation, smaller)
+    settings = {
+        "share_init": share_init,
+        "seed": seed,
+        "retain": asdict(search) if search else None,
+        "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
+        "device": loaded.device.type,
+        "batch_tokens": batch_tokens,
+    }
+    report = _report(adapter, smaller, plan, name, loaded.base_model, settings, steps)
+    report = replace(
+        report,
         task=loaded.task,
-        adapter={"name": name, "original": digest(adapter), "compressed": digest(packed)},
-        before=size(adapter),
-        after=size(packed),
-        types=type_rows(adapter, packed),
-        plan=plan,
         data=prepared.facts,
         recovery=asdict(recovery) if recovery else None,
-        quality=figures,
-        settings={
-            "method": plan.method,
-            "parameters_planned": parameters(plan, adapter),
-            "share_init": share_init,
-            "seed": seed,
-            "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
-            "device": loaded.device.type,
-            "batch_tokens": batch_tokens,
-        },
-        versions=_versions(),
+        quality=quality,
+    )
+    return Compressed(smaller, report)
+
+
+def _report(
+    adapter: Adapter,
+    smaller: Adapter,
+    plan: Plan,
+    name: str,
+    base: str,
+    settings: Mapping[str, Any],
+    steps: Steps,
+) -> Report:
+    """What can be said without data."""
+    return Report(
+        version=VERSION,
+        lorapack=lorapack.__version__,
+        base_model=adapter.base_model or base,
+        task=adapter.task_type or "",
+        adapter={"name": name, "original": digest(adapter), "compressed": digest(smaller)},
+        before=size(adapter),
+        after=size(smaller),
+        types=type_rows(adapter, smaller),
+        plan=plan,
+        settings={"method": plan.method, "parameters_planned": parameters(plan, adapter), **settings},
+        versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         run={"finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "steps": steps.done},
     )
-    return Compressed(packed, report)
+
+
+def _check_numbers(
+    recover_steps: int,
+    batch_size: int,
+    batch_tokens: int,
+    learning_rate: float,
+    budget: str | None,
+    retain: float | None,
+) -> None:
+    if recover_steps < 0 or batch_size < 1 or batch_tokens < 1 or not learning_rate > 0:
+        raise InputError("--recover-steps must be 0 or more, --batch-size, --batch-tokens and --learning-rate above 0")
+    if retain is not None and not 0 < retain < 1:
+        raise InputError(f"--retain {retain:.1%} is not between 0% and 100%")
+    if retain is not None and budget is not None:
+        raise InputError("--retain and --budget exclude each other")
+
+
+def _needed_by(plan: Plan, adapter: Adapter) -> Metric:
+    """What a given plan needs measured: nothing, unless it cuts ranks."""
+    return (plan.metric or "output") if cuts_ranks(plan, adapter) else "weight"
 
 
 def _check_unseen(statistics: Statistics, prepared: Prepared) -> None:
@@ -249,7 +236,3 @@ def _check_unseen(statistics: Statistics, prepared: Prepared) -> None:
             f"{len(both)} evaluation rows were measured on for the statistics: use the --data, --seed and --sample "
             "they were measured with, or --eval-data"
         )
-
-
-def _versions() -> dict[str, Any]:
-    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}

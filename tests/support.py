@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,9 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+from lorapack.model.load import load
+from lorapack.read import read_adapter
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 BASE = FIXTURES / "stories260k"
@@ -68,6 +72,15 @@ def lora(model, path: Path, seed: int = 0, **settings) -> Path:
     get_peft_model(model, LoraConfig(**settings)).save_pretrained(path)
     (path / "README.md").unlink(missing_ok=True)
     return path
+
+
+def attached(model, path: Path, **settings):
+    """A random LoRA (see `lora`) on a model, both through files in `path`: the adapter, and what `load` makes of it."""
+    model.save_pretrained(path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, path / "base")
+    adapter = read_adapter(lora(model, path / "adapter", **settings))
+    return adapter, load(adapter, str(path / "base"), device="cpu")
 
 
 def edit(path: Path, **changes) -> None:

@@ -9,10 +9,17 @@ from lorapack.cli import options
 
 @click.command()
 @options.ADAPTER
-@options.DATA
+@click.option("--data", metavar="FILE", help=options.ROWS + " Only methods that measure nothing go without.")
+@options.COLUMNS
 @options.OUT
 @click.option("--eval-data", metavar="FILE", help="Rows to evaluate on; otherwise cut off the data.")
 @options.METHOD
+@click.option(
+    "--retain",
+    callback=options.parse_share,
+    metavar="P%",
+    help="Instead of a budget: the smallest size that keeps this much of the gain.",
+)
 @click.option("--plan", "plan_file", metavar="FILE", help="Carry out this plan instead of making one.")
 @click.option("--statistics", "statistics_file", metavar="FILE", help="Use what `lorapack measure` wrote.")
 @click.option(
@@ -36,7 +43,7 @@ from lorapack.cli import options
 @options.JSON
 def compress(
     adapter: str,
-    data: str,
+    data: str | None,
     out: str,
     overwrite: bool,
     plan_file: str | None,
@@ -61,16 +68,19 @@ def compress(
     from lorapack.compress import compress_adapter
     from lorapack.core.report import to_json
     from lorapack.hub import find_adapter, read_adapter
-    from lorapack.write import new_directory, put_adapter
+    from lorapack.write import new_directory, put_adapter, refuse_overlap
 
-    with new_directory(out, overwrite=overwrite, inputs=(adapter,)) as directory:
-        source = find_adapter(adapter, revision)
+    given = (adapter, data, settings["base"], settings["eval_data"], plan_file, statistics_file)
+    with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path)) as directory:
+        source = read_adapter(find_adapter(adapter, revision))
+        refuse_overlap(out, *filter(None, [source.base_model]))
         made = compress_adapter(
-            read_adapter(source),
+            source,
             data,
             name=Path(adapter).name,
             plan=read_plan(plan_file) if plan_file else None,
             statistics=read_statistics(statistics_file) if statistics_file else None,
+            options=options.take_method_options(settings),
             watch=watch,
             **settings,
         )

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from lorapack.core import plan as plans
@@ -59,8 +60,9 @@ def _write(path: str, overwrite: bool, write: Callable[[str], object]) -> None:
         os.fsync(descriptor)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:  # the library wraps the operating system's error in text
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OutputError(f"{path} cannot be written: {reason}") from None
     finally:
         os.close(descriptor)
         Path(temporary).unlink(missing_ok=True)

@@ -13,7 +13,9 @@ from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
+from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
+from lorapack.cli.sweep import sweep
 from lorapack.errors import InputError
 
 BAD_INPUT, INTERRUPTED, INTERNAL = 2, 130, 1
@@ -26,7 +28,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, evaluate, expand):
+for command in (compress, inspect, measure, plan, methods, sweep, evaluate, expand):
     cli.add_command(command)
 
 

@@ -31,6 +31,16 @@ def parse_columns(_: click.Context, __: click.Parameter, value: str | None) -> d
     return {role.strip(): column.strip() for role, _, column in pairs}
 
 
+def parse_share(_: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """``99%`` or ``0.99`` as 0.99."""
+    if value is None:
+        return None
+    try:
+        return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    except ValueError:
+        raise InputError(f"--{parameter.name} {value!r} is not a share like 99%") from None
+
+
 ADAPTER = click.argument("adapter", metavar="ADAPTER")
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
 OUT = together(
@@ -53,14 +63,11 @@ MODEL = together(
     click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens a batch."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
 )
-DATA = together(
-    click.option(
-        "--data", required=True, metavar="FILE", help="Rows: .jsonl .json .csv .parquet .txt, or ID[:CONFIG][:SPLIT]."
-    ),
-    click.option(
-        "--columns", callback=parse_columns, metavar="ROLE=COL,…", help="Which columns to use, if not the usual ones."
-    ),
+ROWS = "Rows: .jsonl .json .csv .parquet .txt, or ID[:CONFIG][:SPLIT]."
+COLUMNS = click.option(
+    "--columns", callback=parse_columns, metavar="ROLE=COL,…", help="Which columns to use, if not the usual ones."
 )
+DATA = together(click.option("--data", required=True, metavar="FILE", help=ROWS), COLUMNS)
 SAMPLE = click.option(
     "--sample", default="20%", show_default=True, metavar="N|P%", help="How many rows to calibrate on."
 )
@@ -73,8 +80,22 @@ AVERAGE = click.option(
 )
 METHOD = together(
     click.option("--method", default="lora-drop", show_default=True, help="How to choose what to keep."),
+    click.option("--budget", metavar="N|P%", help="Parameters allowed."),
+    click.option("--threshold", type=float, help="lora-drop: the importance to keep, T.  [default: 0.9]"),
     click.option(
-        "--threshold", type=float, default=0.9, show_default=True, help="lora-drop: the importance to keep (T)."
+        "--metric", type=click.Choice(["weight", "output", "loss"]), help="rank: the error of a cut.  [default: loss]"
     ),
-    click.option("--budget", metavar="N|P%", help="Parameters allowed, instead of a threshold."),
+    click.option(
+        "--allocation",
+        type=click.Choice(["global", "uniform", "per-module"]),
+        help="rank: how modules share the budget.  [default: global]",
+    ),
+    click.option("--energy", type=float, help="rank, per-module: how much to keep.  [default: 0.99]"),
 )
+METHOD_OPTIONS = ("threshold", "metric", "allocation", "energy")
+
+
+def take_method_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Remove the methods' options from the settings; those that the user gave."""
+    found = {name: settings.pop(name) for name in METHOD_OPTIONS}
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,5 +1,7 @@
 """`lorapack plan`."""
 
+from typing import Any
+
 import click
 
 from lorapack.cli import options
@@ -7,20 +9,20 @@ from lorapack.cli import options
 
 @click.command()
 @options.ADAPTER
-@click.option("--statistics", "statistics_file", required=True, metavar="FILE", help="What `lorapack measure` wrote.")
+@click.option("--statistics", "statistics_file", metavar="FILE", help="What `lorapack measure` wrote.")
 @click.option("-o", "--out", default="plan.json", show_default=True, metavar="FILE", help="Where to write.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @options.METHOD
 @options.REVISION
 def plan(
     adapter: str,
-    statistics_file: str,
+    statistics_file: str | None,
     out: str,
     overwrite: bool,
     method: str,
-    threshold: float,
     budget: str | None,
     revision: str | None,
+    **settings: Any,
 ) -> None:
     """Decide what to keep of ADAPTER, and write it down.
 
@@ -28,14 +30,16 @@ def plan(
     """
     from lorapack.cli.files import read_statistics, refuse_existing, write_plan
     from lorapack.cli.show import print_plan
-    from lorapack.compress import plan_adapter
     from lorapack.core.adapter import size
     from lorapack.core.plan import parameters
     from lorapack.hub import read_adapter
+    from lorapack.job import plan_adapter
 
     refuse_existing(out, overwrite)
     source = read_adapter(adapter, revision)
-    made = plan_adapter(source, read_statistics(statistics_file), method, threshold=threshold, budget=budget)
+    chosen = options.take_method_options(settings)
+    statistics = read_statistics(statistics_file) if statistics_file else None
+    made = plan_adapter(source, statistics, method, budget=budget, **chosen)
     write_plan(made, out, overwrite)
     print_plan(made, parameters(made, source), size(source).parameters)
     click.echo(f"Wrote {out}")

@@ -21,10 +21,11 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=120)
 
 
-def table(title: str, *columns: str) -> Table:
+def table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first columns are text (to the left) and whose others are numbers."""
     made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
+        made.add_column(column, justify="left" if number < left else "right", overflow="fold")
     return made
 
 
@@ -49,6 +50,9 @@ def print_report(report: Report) -> None:
     for name, step in report.run["steps"].items():
         steps.add_row(name, f"{step['seconds']:.1f}", f"{step['peak_mb']:,}")
     out.print(steps)
+    if report.data is None or report.quality is None:
+        out.print("Compressed without data: nothing was measured, recovered or evaluated")
+        return
     data = report.data
     parts = ", ".join(f"{name} {part['rows']}" for name, part in data["parts"].items())
     columns = ", ".join(f"{role}={column}" for role, column in data["columns"].items())
@@ -79,6 +83,8 @@ def print_quality(quality: Quality) -> None:
         figures.add_row("gain retained", *["" for _ in variants[:-1]], shown(quality.retained, percent=True))
     out.print()
     out.print(figures)
+    if "compressed" in variants and quality.retained is None:
+        out.print("Gain retained is not defined: on these rows the original is not measurably better than the base")
 
 
 def print_plan(plan: "Plan", planned: int, whole: int) -> None:

@@ -10,6 +10,7 @@ from lorapack.core.adapter import Adapter
 from lorapack.errors import InputError
 
 VERSION = 1
+Metric = Literal["weight", "output", "loss"]
 Action = Literal["keep", "share", "drop"]
 
 
@@ -44,6 +45,8 @@ class Plan:
         choices: one a module, lower layers first.
         groups: the shared adapters to make: name to rank.
         adapter: digest of the adapter it was made for; empty in a plan written by hand.
+        metric: in which a module that keeps less than its rank is cut; None for the best that the
+            statistics allow.
         version: of this format.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     choices: tuple[Choice, ...]
     groups: Mapping[str, int] = field(default_factory=dict)
     adapter: str = ""
+    metric: Metric | None = None
     version: int = VERSION
 
     def members(self, group: str) -> list[str]:
@@ -71,6 +75,11 @@ def parameters(plan: Plan, adapter: Adapter) -> int:
             own = choice.rank < adapter.factors(choice.module).rank
             kept[choice.module if own else adapter.modules[choice.module].factors] = pair(choice.module, choice.rank)
     return sum(kept.values()) + sum(pair(plan.members(group)[0], rank) for group, rank in plan.groups.items())
+
+
+def cuts_ranks(plan: Plan, adapter: Adapter) -> bool:
+    """Whether a module keeps less than the rank it has."""
+    return any(c.rank is not None and c.rank < adapter.factors(c.module).rank for c in plan.choices)
 
 
 def check(plan: Plan, adapter: Adapter) -> None:

@@ -33,7 +33,8 @@ class Quality:
             model with every low-rank update off; saved modules (a classification head) stay.
         divergence: mean KL(original || compressed) a prediction, nats.
         agreement: share of predictions whose most likely outcome is the original's.
-        retained: gain retained in loss, (base - compressed) / (base - original).
+        retained: gain retained in loss, (base - compressed) / (base - original); None where the
+            original is not measurably better than the base on these rows.
     """
 
     rows: int
@@ -69,12 +70,12 @@ class Report:
         before, after: sizes.
         types: sizes by module type.
         plan: what was decided, and why.
-        data: sources, columns, parts; with fingerprints of the rows that were used.
-        recovery: settings and the curve, or None.
-        quality: on the evaluation rows.
         settings: the options that were in force.
         versions: of the libraries.
         run: what differs from run to run: time stamp, seconds and peak memory a step.
+        data: sources, columns, parts; with fingerprints of the rows that were used. None without data.
+        recovery: settings and the curve, or None.
+        quality: on the evaluation rows, or None.
     """
 
     version: int
@@ -86,16 +87,16 @@ class Report:
     after: Size
     types: tuple[TypeRow, ...]
     plan: Plan
-    data: Mapping[str, Any]
-    recovery: Mapping[str, Any] | None
-    quality: Quality
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     run: Mapping[str, Any]
+    data: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
+    quality: Quality | None = None
 
     def used_rows(self) -> set[str]:
         """Fingerprints of the rows that were used to compress, and may not be evaluated on."""
-        parts = self.data.get("parts", {})
+        parts = (self.data or {}).get("parts", {})
         return {f for name, part in parts.items() if name != "evaluation" for f in part["fingerprints"]}
 
 

@@ -16,7 +16,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "instruction", "question", "input"),
     "completion": ("completion", "response", "output", "answer", "target", "summary"),
     "text": ("text", "content"),
-    "sentence": ("sentence", "text", "sentence1", "premise", "question1", "question", "review", "content"),
+    "sentence": ("question", "sentence", "text", "sentence1", "premise", "question1", "review", "content"),
     "sentence2": ("sentence2", "hypothesis", "question2", "sentence"),
     "label": ("label", "labels", "class", "score"),
 }

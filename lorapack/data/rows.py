@@ -43,7 +43,7 @@ def read_rows(source: str | Path) -> list[Row]:
 
 def _jsonl(path: Path) -> list[Row]:
     rows = []
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 rows.append(_object(line, f"{path} line {number}"))
@@ -51,9 +51,10 @@ def _jsonl(path: Path) -> list[Row]:
 
 
 def _json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error})") from None
     if isinstance(value, dict) and len(lists := [v for v in value.values() if isinstance(v, list)]) == 1:
         value = lists[0]  # {"data": [...]}
@@ -63,15 +64,22 @@ def _json(path: Path) -> list[Row]:
 
 
 def _csv(path: Path) -> list[Row]:
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader, rows = csv.DictReader(file), []
         try:
-            return [dict(row) for row in csv.DictReader(file)]
+            for row in reader:
+                if None in row:
+                    raise InputError(
+                        f"{path} line {reader.line_num} has more fields than the header: quote fields that hold a comma"
+                    )
+                rows.append(dict(row))
         except csv.Error as error:
             raise InputError(f"{path} is not CSV ({error})") from None
+    return rows
 
 
 def _txt(path: Path) -> list[Row]:
-    return [{"text": line.rstrip()} for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [{"text": line.rstrip()} for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -108,7 +116,7 @@ def _dataset(source: str) -> list[Row]:
 def _object(text: str, where: str) -> Row:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{where} is not a JSON object")

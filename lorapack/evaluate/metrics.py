@@ -125,9 +125,13 @@ def quality(scores: Mapping[str, Scores], task: str, regression: bool, seed: int
 
 
 def retained(base: Numbers, original: Numbers, compressed: Numbers) -> Interval | None:
-    """Gain retained, (base - compressed) / (base - original) in loss; None where there is no gain."""
+    """Gain retained, (base - compressed) / (base - original) in loss.
+
+    None where the interval of the gain itself reaches zero: a share of nothing says nothing.
+    """
     gain = base - original
-    if not gain[0] > 0:
+    low = interval(gain).low
+    if low is None or not low > 0:
         return None
     with np.errstate(invalid="ignore", divide="ignore"):
         return interval(np.where(gain > 0, (base - compressed) / gain, np.nan))

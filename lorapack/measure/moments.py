@@ -30,7 +30,7 @@ class _Weights:
 
     def pick(self, module: str, values: Tensor) -> Tensor:
         """(tokens, n) float64: the values at the tokens, padding left out."""
-        if values.shape[:2] != self.mask.shape:
+        if values.ndim != 3 or values.shape[:2] != self.mask.shape:
             raise InputError(
                 f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
                 "so padding cannot be told apart; it cannot be measured"

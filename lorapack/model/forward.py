@@ -35,16 +35,16 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
 def run_body(loaded: Loaded, batch: Batch) -> None:
     """Run the layers without the head, unless the adapter acts on the head."""
     base = loaded.base
-    body = base.base_model
-    inside = {id(module) for module in body.modules()}
-    if all(id(layer) in inside for layer in loaded.layers.values()):
-        body(**inputs(batch), **_no_cache(loaded))
-    else:
-        base(**inputs(batch), **_no_cache(loaded))
+    run = base if _acts_on_head(loaded) else base.base_model
+    run(**inputs(batch), **_no_cache(loaded))
 
 
 def predict(loaded: Loaded, batch: Batch) -> Predictions:
-    """The logits at the positions with a label; for a language model the head sees only the columns that have one."""
+    """The logits at the positions with a label.
+
+    A language model's head sees only the columns that have one, unless the adapter acts on it: then
+    it sees all tokens, as every other layer does.
+    """
     base = loaded.base
     if loaded.task == "SEQ_CLS":
         logits = base(**inputs(batch), **_no_cache(loaded)).logits.float()
@@ -52,7 +52,7 @@ def predict(loaded: Loaded, batch: Batch) -> Predictions:
     wanted = batch.labels[:, 1:] != IGNORED  # the logits at t predict the token at t + 1
     columns = wanted.any(dim=0).nonzero()[:, 0]
     options = _no_cache(loaded)
-    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+    if "logits_to_keep" in inspect.signature(base.forward).parameters and not _acts_on_head(loaded):
         logits = base(**inputs(batch), logits_to_keep=columns, **options).logits
     else:
         logits = base(**inputs(batch), **options).logits[:, columns]
@@ -75,6 +75,11 @@ def divergences(loaded: Loaded, teacher: Tensor, student: Tensor) -> Tensor:
     return functional.kl_div(
         functional.log_softmax(student, -1), functional.log_softmax(teacher, -1), log_target=True, reduction="none"
     ).sum(-1)
+
+
+def _acts_on_head(loaded: Loaded) -> bool:
+    inside = {id(module) for module in loaded.base.base_model.modules()}
+    return any(id(layer) not in inside for layer in loaded.layers.values())
 
 
 def _no_cache(loaded: Loaded) -> dict[str, bool]:

@@ -1,17 +1,17 @@
 """Carry out a plan on an adapter."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Pointer
-from lorapack.core.plan import Plan, check
+from lorapack.core.plan import Metric, Plan, check, cuts_ranks
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import Metric, truncate
+from lorapack.pack.truncate import truncate
 
 ShareInit = Literal["closed", "copy", "fresh"]
 
@@ -51,6 +51,10 @@ def pack_adapter(
     check(plan, adapter)
     if statistics is not None:
         check_fits(statistics, adapter)
+    metric = plan.metric or best_metric(statistics)
+    poorer_first = get_args(Metric)
+    if poorer_first.index(metric) > poorer_first.index(best_metric(statistics)) and cuts_ranks(plan, adapter):
+        raise InputError(f"plan: cutting ranks in the metric {metric!r} needs statistics that were measured for it")
     carried = {m: p for m, p in adapter.modules.items() if adapter.factors(m).kind != "linear"}
     pool: dict[str, Factors] = {p.factors: adapter.pool[p.factors] for p in carried.values()}
     modules: dict[str, Pointer] = dict(carried)
@@ -61,7 +65,7 @@ def pack_adapter(
         if choice.rank == adapter.pool[pointer.factors].rank:  # as it is, and shared if it was
             pool[pointer.factors], modules[choice.module] = adapter.pool[pointer.factors], pointer
         else:
-            pool[choice.module] = _cut(adapter, choice.module, choice.rank, statistics)
+            pool[choice.module] = _cut(adapter, choice.module, choice.rank, statistics, metric)
             modules[choice.module] = Pointer(choice.module, pointer.scale)
     bases = group_bases(adapter, plan) if share_init == "closed" else {}
     for number, (group, rank) in enumerate(sorted(plan.groups.items())):
@@ -81,7 +85,7 @@ def pack_adapter(
             scores = {c.module: c.score or 0.0 for c in plan.choices}
             source = max(members, key=lambda m: (scores[m], -members.index(m)))
             pool[group] = (
-                _cut(adapter, source, min(rank, adapter.factors(source).rank), statistics)
+                _cut(adapter, source, min(rank, adapter.factors(source).rank), statistics, metric)
                 if share_init == "copy"
                 else _fresh(adapter.factors(source), rank, seed + number)
             )
@@ -97,12 +101,12 @@ def best_metric(statistics: Statistics | None) -> Metric:
     return "loss" if all(m.backward is not None for m in statistics.modules.values()) else "output"
 
 
-def _cut(adapter: Adapter, module: str, rank: int, statistics: Statistics | None) -> Factors:
+def _cut(adapter: Adapter, module: str, rank: int, statistics: Statistics | None, metric: Metric) -> Factors:
     factors = adapter.factors(module)
     if rank == factors.rank:
         return factors
     moments = statistics.modules[module] if statistics is not None else None
-    return truncate(factors, rank, best_metric(statistics), moments)[0]
+    return truncate(factors, rank, metric, moments)[0]
 
 
 def _fresh(like: Factors, rank: int, seed: int) -> Factors:

@@ -48,7 +48,8 @@ def share(members: Sequence[Member], q: Tensor, rank: int) -> Shared:
     Alternates two exact steps, so the error never rises: for fixed scales c_l, with
     ``C = sum c_l^2 C_l`` and ``P = sum c_l W_l C_l``, ``W_s = [P C^-1/2]_rank C^-1/2``; for a fixed
     W_s, ``c_l = tr(W_l C_l W_s^T) / tr(W_s C_l W_s^T)``. All in the coordinates of `q` and of an
-    orthonormal basis of the stacked B, so nothing of size d x d is formed.
+    orthonormal basis of the stacked B, so nothing of size d x d is formed. It ends in a local
+    minimum: the better one of two starts, all scales 1 and the layers' common direction.
 
     Args:
         members: layers of equal shape, at least one.
@@ -84,17 +85,21 @@ def share(members: Sequence[Member], q: Tensor, rank: int) -> Shared:
             gained += 2 * s * float((wc * common).sum()) - s * s * float(((common @ c) * common).sum())
         return energy - gained
 
-    scales, errors = [1.0] * len(members), []
-    b, a = solve(scales)
-    errors.append(error(b @ a, scales))
-    for _ in range(SWEEPS):
-        scales = rescale(b @ a)
-        if not any(scales):
-            break
+    def alternate(scales: list[float]) -> tuple[Tensor, Tensor, list[float], list[float]]:
         b, a = solve(scales)
-        errors.append(error(b @ a, scales))
-        if errors[-2] - errors[-1] <= 1e-9 * energy:
-            break
+        errors = [error(b @ a, scales)]
+        for _ in range(SWEEPS):
+            scales = rescale(b @ a)
+            if not any(scales):
+                break
+            b, a = solve(scales)
+            errors.append(error(b @ a, scales))
+            if errors[-2] - errors[-1] <= 1e-9 * energy:
+                break
+        return b, a, scales, errors
+
+    starts = [[1.0] * len(members), _common_direction(cores, moments)]
+    b, a, scales, errors = min((alternate(start) for start in starts), key=lambda found: found[3][-1])
     mean_square = sum(s * s for s in scales) / len(scales)
     if mean_square > 0:
         unit = mean_square**0.5
@@ -106,3 +111,16 @@ def share(members: Sequence[Member], q: Tensor, rank: int) -> Shared:
     b, a = balanced(b, a)
     like = members[0].factors
     return Shared(Factors(a.to(like.A.dtype), b.to(like.B.dtype)), tuple(scales), tuple(errors))
+
+
+def _common_direction(cores: Sequence[Tensor], moments: Sequence[Tensor]) -> list[float]:
+    """The scales that are best where all layers see the same inputs and the rank is not bounded.
+
+    Layers that are multiples of each other, opposite ones too, are met exactly.
+    """
+    pooled = sum(moments, torch.zeros_like(moments[0]))
+    weighted = [core @ pooled for core in cores]
+    gram = torch.stack([torch.stack([(wc * w).sum() for w in cores]) for wc in weighted])
+    top: Tensor = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors[:, -1]
+    found: list[float] = (top if top.sum() >= 0 else -top).tolist()
+    return found

@@ -1,15 +1,12 @@
 """Cut a pair of factors to a lower rank, in one of three metrics (docs/truncation.md)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Factors
 from lorapack.core.linalg import root
+from lorapack.core.plan import Metric
 from lorapack.core.statistics import Moments
-
-Metric = Literal["weight", "output", "loss"]
 
 
 def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -39,7 +36,7 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
     if metric == "weight":
         qb, rb = torch.linalg.qr(b)
         qa, ra = torch.linalg.qr(a.T)
-        u, s, vt = torch.linalg.svd(rb @ ra.T)
+        u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u * s, vt @ qa.T, s**2
     assert moments is not None
     left, left_inverse = root(moments.forward)

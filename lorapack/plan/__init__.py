@@ -1,5 +1,6 @@
 """Decide what happens to each module: statistics and adapter in, plan out."""
 
+from lorapack.plan.method import Method
 from lorapack.plan.methods import METHODS
 
-__all__ = ["METHODS"]
+__all__ = ["METHODS", "Method"]

@@ -66,7 +66,7 @@ def unfold(
         the groups with the modules that point to them.
 
     Raises:
-        InputError: a group without tensors, tensors of no group, or a module that has its own too.
+        InputError: a group or a target without tensors, tensors of no group, or a module that has its own too.
     """
     shared = manifest(config, where).shared
     # transformers' save_pretrained puts PEFT's prefix before every name, ours too
@@ -82,6 +82,13 @@ def unfold(
             if f"{PREFIX}{module}.lora_A.weight" in tensors or f"{PREFIX}{module}.lora_B.weight" in tensors:
                 raise InputError(f"{where}: {module} points to {group!r} and has factors of its own")
     for name in tensors:
-        if name.startswith(STEM) and name.removeprefix(STEM).rpartition(".")[0] not in shared:
+        group, _, part = name.removeprefix(STEM).rpartition(".")
+        if name.startswith(STEM) and (group not in shared or part not in ("A", "B")):
             raise InputError(f"{where}: the tensor {name!r} belongs to no module")
+    there = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in plain}
+    there |= {module for modules in shared.values() for module in modules}
+    targets = config.get("target_modules")
+    for target in targets if isinstance(targets, list) else ():
+        if target not in there and not any(module.endswith(f".{target}") for module in there):
+            raise InputError(f"{where}: {target} is one of the target_modules and has no factors here")
     return plain, dict(shared)

@@ -1,5 +1,6 @@
 """PEFT's `adapter_config.json`: what of it matters here, and what is refused by name."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,6 +84,12 @@ def check_config(config: Mapping[str, Any], where: str) -> LoraSettings:
     settings = parse_value(LoraSettings, config, where)
     if settings.r < 1:
         raise InputError(f"{where}: r is {settings.r}, it must be 1 or more")
+    for name, alphas in (
+        ("lora_alpha", [settings.lora_alpha]),
+        ("alpha_pattern", (settings.alpha_pattern or {}).values()),
+    ):
+        if not all(math.isfinite(alpha) for alpha in alphas):
+            raise InputError(f"{where}: {name} holds NaN or an infinite number")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(settings, name) or {}:
             try:

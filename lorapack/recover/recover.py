@@ -17,8 +17,9 @@ from lorapack.model.load import Loaded
 from lorapack.model.point import Placed, place, point
 
 Objective = Literal["kl", "task"]
-CHECKS = 5  # how often the selection rows are looked at
-PATIENCE = 2  # checks without improvement after which it stops
+CHECKS = 6  # how often the selection rows are looked at
+PATIENCE = 3  # checks without improvement after which it stops
+BACK_OFF = 0.3  # of the learning rate after a check without improvement
 WARM_UP = 0.1  # share of the steps
 
 
@@ -57,9 +58,10 @@ def recover(
 ) -> tuple[Adapter, Recovery]:
     """Train the packed adapter's linear factors; the best state on the selection rows is returned.
 
-    AdamW without weight decay, a linear warm-up and a cosine down to zero. Factors that several
-    modules point to are one parameter. The start counts as a state, so the objective on the
-    selection rows never gets worse.
+    AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that finds no
+    improvement goes back to the best state with a smaller learning rate, so that one rate suits
+    language models and small classifiers. Factors that several modules point to are one
+    parameter. The start counts as a state, so the objective on the selection rows never gets worse.
 
     Args:
         loaded: the base model.
@@ -81,22 +83,20 @@ def recover(
     parameters = [p for pair in student.pairs.values() for p in pair]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warm_up = max(1, int(steps * WARM_UP))
-
-    def rate(step: int) -> float:
-        if step < warm_up:
-            return (step + 1) / warm_up
-        return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     held = batches(selection, loaded.tokens_with_logits(batch_tokens), loaded.pad)
 
+    dtypes = [t.dtype for name in student.pairs for t in (packed.pool[name].A, packed.pool[name].B)]
+
     def check() -> float:
+        exact = _state(parameters)
+        _restore(parameters, [value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)])  # as it is written
         with torch.no_grad():
             found = [_objective(loaded, teacher, student, b.to(loaded.device), objective) for b in held]
+        _restore(parameters, exact)
         return sum(float(t.sum()) for t in found) / sum(len(t) for t in found)
 
     curve = [(0, check())]
-    best, state, waited = 0, _state(parameters), 0
+    best, state, failed = 0, _state(parameters), 0
     every = max(1, steps // CHECKS)
     step = 0
     for batch in watch(training_batches(training, batch_size, steps, loaded.pad, seed), steps):
@@ -105,20 +105,21 @@ def recover(
         if not torch.isfinite(loss):
             raise InputError(f"recovery: the loss is {loss.item()} at step {step}; a lower --learning-rate may help")
         loss.backward()  # type: ignore[no-untyped-call]
+        rising, falling = step / warm_up, 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps + 1 - warm_up)))
+        optimizer.param_groups[0]["lr"] = learning_rate * BACK_OFF**failed * min(rising, falling)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         if step % every == 0 or step == steps:
             curve.append((step, check()))
             if curve[-1][1] < min(value for _, value in curve[:-1]):
-                best, state, waited = step, _state(parameters), 0
+                best, state = step, _state(parameters)
             else:
-                waited += 1
-                if waited >= PATIENCE:
+                failed += 1
+                if failed == PATIENCE:
                     break
-    with torch.no_grad():
-        for parameter, value in zip(parameters, state, strict=True):
-            parameter.copy_(value)
+                _restore(parameters, state)
+                optimizer.state.clear()
+    _restore(parameters, state)
     record = Recovery(objective, step, best, learning_rate, batch_size, tuple(curve))
     return _adapter(packed, student) if best else packed, record
 
@@ -136,6 +137,12 @@ def _objective(loaded: Loaded, teacher: Placed, student: Placed, batch: Batch, o
 
 def _state(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in parameters]
+
+
+def _restore(parameters: Sequence[nn.Parameter], state: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, state, strict=True):
+            parameter.copy_(value)
 
 
 def _adapter(packed: Adapter, student: Placed) -> Adapter:

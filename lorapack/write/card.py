@@ -7,43 +7,26 @@ from lorapack.core.report import Interval, Report
 from lorapack.read.config import COMPACT_TYPE
 from lorapack.write.form import compact_form
 
+MODELS = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}
+PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
+
 
 def card(adapter: Adapter, report: Report) -> str:
     """`README.md`: metadata the Hub understands, how to load it, what was measured."""
-    compact = compact_form(adapter)[0]["peft_type"] == COMPACT_TYPE
-    kind = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceClassification"}[report.task]
-    pipeline = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}[report.task]
-    first = "import lorapack  # teaches PEFT the compact format\n" if compact else ""
-    used = report.data["parts"]
+    name = (report.adapter["name"] or "A LoRA adapter").replace("\n", " ")
     lines = [
         "---",
         f"base_model: {json.dumps(report.base_model)}",  # quoted: it comes from the checkpoint
         "library_name: peft",
-        f"pipeline_tag: {pipeline}",
+        *([f"pipeline_tag: {PIPELINES[report.task]}"] if report.task in PIPELINES else []),
         "tags: [lora, lorapack]",
         "---",
         "",
-        f"# {report.adapter['name'] or 'A LoRA adapter'}, compressed",
+        f"# {name}, compressed",
         "",
         f"Made with lorapack {report.lorapack}, method `{report.plan.method}`.",
         "",
-        "```python",
-        f"{first}from peft import PeftModel",
-        f"from transformers import {kind}",
-        "",
-        f"base = {kind}.from_pretrained({json.dumps(report.base_model)})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
-        "```",
-        "",
-        *(
-            [
-                "Without lorapack, PEFT refuses it rather than loading the shared layers as zeros;",
-                "`lorapack expand DIR -o OUT` writes a plain PEFT adapter.",
-                "",
-            ]
-            if compact
-            else []
-        ),
+        *_loading(adapter, report),
         "## Size",
         "",
         "| | before | after |",
@@ -53,25 +36,62 @@ def card(adapter: Adapter, report: Report) -> str:
         f"| pairs of factors | {report.before.factors:,} | {report.after.factors:,} |",
         f"| other bytes (carried) | {report.before.carried_bytes:,} | {report.after.carried_bytes:,} |",
         "",
+        *_quality(report),
+    ]
+    return "\n".join(lines)
+
+
+def _loading(adapter: Adapter, report: Report) -> list[str]:
+    compact = compact_form(adapter)[0]["peft_type"] == COMPACT_TYPE
+    model = MODELS.get(report.task, "AutoModel")
+    lines = [
+        "```python",
+        *(["import lorapack  # teaches PEFT the compact format"] if compact else []),
+        "from peft import PeftModel",
+        f"from transformers import {model}",
+        "",
+        f"base = {model}.from_pretrained({json.dumps(report.base_model)})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/directory")',
+        "```",
+        "",
+    ]
+    if compact:
+        lines += [
+            "Without lorapack, PEFT refuses it rather than loading the shared layers as zeros;",
+            "`lorapack expand DIR -o OUT` writes a plain PEFT adapter.",
+            "",
+        ]
+    return lines
+
+
+def _quality(report: Report) -> list[str]:
+    found = report.quality
+    if found is None or report.data is None:
+        return ["Made without data: its quality was not measured.", ""]
+    parts = report.data["parts"]
+    kept = (
+        f"Gain retained: {shown(found.retained, percent=True)}."
+        if found.retained
+        else "On these rows the original is not measurably better than the base, so gain retained is not defined."
+    )
+    return [
         "## Quality",
         "",
-        f"On {report.quality.rows:,} rows that were not used to make it; 95% bootstrap intervals over rows.",
+        f"On {found.rows:,} rows that were not used to make it; 95% bootstrap intervals over rows.",
         "",
         "| | base | original | compressed |",
         "|---|---|---|---|",
         *(
-            f"| {name} | " + " | ".join(shown(found.get(v)) for v in ("base", "original", "compressed")) + " |"
-            for name, found in report.quality.metrics.items()
+            f"| {name} | " + " | ".join(shown(each.get(v)) for v in ("base", "original", "compressed")) + " |"
+            for name, each in found.metrics.items()
         ),
         "",
-        f"Gain retained: {shown(report.quality.retained, percent=True)}. "
-        f"Divergence from the original: {shown(report.quality.divergence)} nats a prediction.",
+        f"{kept} Divergence from the original: {shown(found.divergence)} nats a prediction.",
         "",
-        f"Calibrated on {used['calibration']['rows']} rows ({used['calibration']['tokens']:,} tokens)"
-        + (f", recovered on {used['recovery']['rows']}." if report.recovery else ", without recovery."),
+        f"Calibrated on {parts['calibration']['rows']} rows ({parts['calibration']['tokens']:,} tokens)"
+        + (f", recovered on {parts['recovery']['rows']}." if report.recovery else ", without recovery."),
         "",
     ]
-    return "\n".join(lines)
 
 
 def shown(figure: Interval | None, percent: bool = False) -> str:

@@ -13,6 +13,7 @@ from lorapack.errors import OutputError
 
 _MARK = ".lorapack-"  # .OUT.lorapack-XXXX beside OUT, with a lock file that dies with its process
 _LOCK = ".lock"
+_OLD = "old"
 
 
 @contextlib.contextmanager
@@ -25,19 +26,15 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
     Args:
         out: the directory to make.
         overwrite: replace an existing one, at the end.
-        inputs: directories that must not be written to.
+        inputs: files and directories that must not be written to.
 
     Raises:
         OutputError: `out` exists, lies in an input, or cannot be written; one line.
     """
     out = Path(os.path.abspath(out))
-    for source in inputs:
-        source = Path(os.path.realpath(source))
-        target = Path(os.path.realpath(out))
-        if source.is_dir() and (source == target or source in target.parents or target in source.parents):
-            raise OutputError(f"{out} and the input {source} overlap; inputs are never changed, choose another output")
-    _refuse_existing(out, overwrite)
+    refuse_overlap(out, *inputs)
     sweep(out)
+    _refuse_existing(out, overwrite)
     work = lock = None
     made: list[Path] = []
     try:
@@ -52,7 +49,7 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
         try:
             yield inside
             _flush(inside)
-            _publish(inside, out, work / "old", overwrite)
+            _publish(inside, out, work / _OLD, overwrite)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise OutputError(f"{out} cannot be written: {error.strerror}") from None
@@ -67,26 +64,49 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
             os.close(lock)
 
 
+def refuse_overlap(out: str | Path, *inputs: str | Path) -> None:
+    """Refuse an output that is, holds or lies in an input; an input that is no path is left to its reader.
+
+    Raises:
+        OutputError: names both.
+    """
+    target = Path(os.path.realpath(out))
+    for source in map(Path, map(os.path.realpath, inputs)):
+        if source.exists() and (source == target or source in target.parents or target in source.parents):
+            raise OutputError(f"{out} and the input {source} overlap; inputs are never changed, choose another output")
+
+
 def sweep(out: Path) -> None:
-    """Remove what killed runs have left beside `out`; a living run holds its lock and is left alone."""
+    """Remove what killed runs have left beside `out`; a living run holds its lock and is left alone.
+
+    A run that was killed in the middle of replacing `out` has left the old one: it gets its name back.
+    """
     for left in out.parent.glob(f".{_escaped(out.name)}{_MARK}*"):
         try:
             descriptor = os.open(left / _LOCK, os.O_RDWR)
         except FileNotFoundError:
-            # killed between mkdtemp and the lock, or a run that is just there: give it a rename's time
-            if left.is_dir() and not any(left.iterdir()):
-                with contextlib.suppress(OSError):
-                    left.rmdir()
+            _sweep_unlocked(left)
             continue
         except OSError:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _give_back(left / _OLD, out)
             shutil.rmtree(left, ignore_errors=True)
         except BlockingIOError:
             pass
         finally:
             os.close(descriptor)
+
+
+def _sweep_unlocked(left: Path) -> None:
+    """The lock is the first thing made: without it, a run was killed before that or while removing the rest."""
+    with contextlib.suppress(OSError):
+        names = {path.name for path in left.iterdir()}
+        if not names:
+            left.rmdir()
+        elif _LOCK not in names:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _parents(out: Path) -> list[Path]:
@@ -121,19 +141,26 @@ def _flush(directory: Path) -> None:
 
 def _publish(inside: Path, out: Path, old: Path, overwrite: bool) -> None:
     _refuse_existing(out, overwrite)  # again: another run may have been faster
-    if out.exists():
-        out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         inside.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise OutputError(f"{out} was made by another run in the meantime; choose another output") from None
         raise
+    finally:
+        _give_back(old, out)
     parent = os.open(out.parent, os.O_RDONLY)
     try:
         os.fsync(parent)
     finally:
         os.close(parent)
+
+
+def _give_back(old: Path, out: Path) -> None:
+    if old.exists() and not os.path.lexists(out):
+        old.rename(out)
 
 
 def _escaped(name: str) -> str:

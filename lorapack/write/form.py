@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors
-from lorapack.core.names import PREFIX, order
+from lorapack.core.names import PREFIX
 from lorapack.read.compact import STEM, VERSION
 from lorapack.read.config import COMPACT_TYPE
 
@@ -62,8 +62,8 @@ def _config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": _pattern({m: r for m, r in ranks.items() if r != rank}),
-        "alpha_pattern": _pattern({m: a for m, a in alphas.items() if a != alpha}),
+        "rank_pattern": _pattern(ranks, rank),
+        "alpha_pattern": _pattern(alphas, alpha),
         "target_modules": list(adapter.modules),
         "exclude_modules": None,
         "layers_to_transform": None,
@@ -80,10 +80,19 @@ def _alpha(scale: float, rank: int, rslora: bool) -> float:
     return nearest if abs(alpha - nearest) <= 1e-12 * abs(alpha) else alpha
 
 
-def _pattern(values: dict[str, Any]) -> dict[str, Any]:
-    """Keys that PEFT matches with exactly one module: escaped full names, longer ones first.
+def _pattern(values: dict[str, Any], usual: Any) -> dict[str, Any]:
+    """Keys that PEFT matches with exactly one of these modules, in whatever order they are saved.
 
-    PEFT lets a key match the end of a name and takes the first that does.
+    PEFT lets a key match the end of a name; ``^`` keeps it from that where a longer name is there.
     """
-    ordered = sorted(values, key=lambda module: (-module.count("."), order(module)))
-    return {re.escape(module): values[module] for module in ordered}
+    endings = {ending for module in values for ending in _endings(module)}
+    return {
+        ("^" if module in endings else "") + re.escape(module): value
+        for module, value in values.items()
+        if value != usual
+    }
+
+
+def _endings(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[n:]) for n in range(1, len(parts))]

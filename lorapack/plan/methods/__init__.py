@@ -1,7 +1,9 @@
 """The compression methods. To add one: a file beside this, and its line here (docs/methods/adding.md)."""
 
-from lorapack.plan.methods import lora_drop
+from lorapack.plan.method import Method
+from lorapack.plan.methods import lora_drop, rank
 
-METHODS = {
-    "lora-drop": lora_drop.plan,
+METHODS: dict[str, Method] = {
+    "lora-drop": lora_drop.METHOD,
+    "rank": rank.METHOD,
 }

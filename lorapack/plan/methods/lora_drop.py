@@ -12,11 +12,12 @@ from lorapack.core.names import module_type, order
 from lorapack.core.plan import Choice, Plan, parameters
 from lorapack.core.statistics import Statistics, check_fits, output_norms
 from lorapack.errors import InputError
+from lorapack.plan.method import Method
 
 ROUNDING = 1e-12  # relative
 
 
-def plan(adapter: Adapter, statistics: Statistics, *, threshold: float = 0.9, budget: int | None = None) -> Plan:
+def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None, threshold: float = 0.9) -> Plan:
     """Plan as the paper does: importance by output norm, per module type, kept from the top.
 
     Importance of a module is E||scale * B A x||^2 divided by the sum over its type. The modules of
@@ -110,7 +111,7 @@ def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, average:
         for m in modules:
             if m not in kept:
                 shapes.setdefault(adapter.factors(m).shape, []).append(m)
-        for number, (_, rest) in enumerate(sorted(shapes.items())):
+        for number, (shape, rest) in enumerate(sorted(shapes.items())):
             if len(rest) == 1:
                 m = rest[0]
                 choices[m] = Choice(m, "keep", adapter.factors(m).rank, None, share[m], "nobody to share with")
@@ -118,8 +119,13 @@ def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, average:
             group = "shared." + kind + (f".{number}" if len(shapes) > 1 else "")
             while group in adapter.pool:  # of an adapter that is compact already
                 group += ".again"
-            groups[group] = max(adapter.factors(m).rank for m in rest)
+            groups[group] = min(max(adapter.factors(m).rank for m in rest), *shape)
             for m in rest:
                 choices[m] = Choice(m, "share", None, group, share[m], "beyond the threshold")
     options = {"threshold": threshold, "average": average}
     return Plan("lora-drop", options, tuple(choices[m] for m in adapter.linear), groups, digest(adapter))
+
+
+METHOD = Method(
+    plan, lambda options: "output", "keep the modules with the largest outputs, share one adapter among the rest"
+)

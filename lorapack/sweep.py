@@ -1,0 +1,137 @@
+"""Size against quality: several methods at several budgets, on one job."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorapack.core.adapter import Adapter, size
+from lorapack.core.report import Quality
+from lorapack.core.statistics import Statistics
+from lorapack.data.prepare import prepare
+from lorapack.data.split import SAMPLE
+from lorapack.errors import InputError
+from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budget
+from lorapack.measure.moments import Average
+from lorapack.model.load import Device, DType, load
+from lorapack.pack.pack import ShareInit
+from lorapack.recover import recover
+from lorapack.watch import Watch, unwatched
+
+BUDGETS = ("50%", "25%", "12.5%", "6%")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method at one budget.
+
+    Attributes:
+        method: as it was asked for, with its options.
+        budget: as it was asked for.
+        parameters, share: what the plan came to, and as a share of the original.
+        quality: on the evaluation rows; None where the method has no plan that small.
+        reason: why there is none.
+    """
+
+    method: str
+    budget: str
+    parameters: int
+    share: float
+    quality: Quality | None
+    reason: str = ""
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """``rank:metric=weight,allocation=uniform`` as name and options, numbers as numbers.
+
+    Raises:
+        InputError: no such method or option, or not of this form.
+    """
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for pair in rest.split(",") if rest else ():
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--method {text!r}: write name:option=value,option=value")
+        try:
+            options[key.strip().replace("-", "_")] = float(value)
+        except ValueError:
+            options[key.strip().replace("-", "_")] = value.strip()
+    chosen_method(name, options)
+    return name, options
+
+
+def sweep_adapter(
+    adapter: Adapter,
+    data: str,
+    base: str | None = None,
+    *,
+    methods: Sequence[str],
+    budgets: Sequence[str] = BUDGETS,
+    eval_data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    sample: str = SAMPLE,
+    seed: int = 0,
+    average: Average = "token",
+    share_init: ShareInit = "closed",
+    recover_steps: int = 0,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    trust_remote_code: bool = False,
+    watch: Watch = unwatched,
+) -> list[Point]:
+    """Try methods at budgets; the base is loaded and the adapter measured once.
+
+    Args:
+        adapter, data, base: see `lorapack.compress_adapter`.
+        methods: names with options, see `parse_method`.
+        budgets: see `lorapack.job.plan_budget`.
+        recover_steps: of recovery after each; 0 for none.
+        eval_data, columns, sample, seed, average, share_init, batch_size, max_length, batch_tokens,
+            device, dtype, trust_remote_code, watch: see `lorapack.compress_adapter`.
+
+    Raises:
+        InputError: anything given that does not fit, in one line.
+    """
+    chosen = [(text, *parse_method(text)) for text in methods]
+    limits = [(budget, plan_budget(budget, adapter)) for budget in budgets]
+    loaded = load(adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code)
+    prepared = prepare(
+        loaded,
+        data,
+        eval_data=eval_data,
+        columns=columns,
+        sample=sample,
+        seed=seed,
+        most_recovery=recover_steps * batch_size,
+    )
+    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
+    needed = {chosen_method(name, options).needs(options) for _, name, options in chosen}
+    # the backward pass measures what the forward pass does, and more
+    most = next(metric for metric in ("loss", "output", "weight") if metric in needed)
+    statistics: Statistics | None = measure(job, most)
+    whole = size(adapter).parameters
+    points = []
+    for text, name, options in chosen:
+        for budget, limit in limits:
+            try:
+                plan = chosen_method(name, options).run(adapter, statistics, limit, options)
+            except InputError as error:
+                points.append(Point(text, budget, 0, 0.0, None, str(error)))
+                continue
+            smaller = packed(job, plan, statistics)
+            if recover_steps:
+                rows = (prepared.recovery, prepared.selection)
+                smaller, _ = recover(
+                    loaded, adapter, smaller, *rows, steps=recover_steps, batch_size=batch_size, seed=seed
+                )
+            count = size(smaller).parameters
+            quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")
+            points.append(Point(text, budget, count, count / whole, quality))
+    return points
+
+
+def to_json(points: Sequence[Point]) -> list[dict[str, Any]]:
+    return [asdict(point) for point in points]
