@@ -119,7 +119,7 @@ def compress_adapter(
             adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
         )
         prepared = prepare(
-            loaded,
+            loaded.reader,
             data,
             eval_data=eval_data,
             columns=columns,

@@ -99,7 +99,7 @@ def sweep_adapter(
     limits = [(budget, plan_budget(budget, adapter)) for budget in budgets]
     loaded = load(adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code)
     prepared = prepare(
-        loaded,
+        loaded.reader,
         data,
         eval_data=eval_data,
         columns=columns,

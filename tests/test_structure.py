@@ -15,7 +15,8 @@ from lorapack.core.statistics import Moments, Statistics
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
 CORE = {"errors", "core", "read", "plan", "pack", "write"}
-MODEL = {"watch", "data", "model", "measure", "recover", "evaluate"}
+DATA = {"data"}
+MODEL = {"watch", "model", "measure", "recover", "evaluate"} | DATA
 CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -55,6 +56,14 @@ def test_model_work_does_not_know_the_edges(path):
     for module in imported(path):
         if module.split(".")[0] == "lorapack":
             assert part(module) in CORE | MODEL, f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if folder(p) in DATA], ids=str)
+def test_reading_data_needs_no_model(path):
+    for module in imported(path):
+        top = module.split(".")[0]
+        assert top not in {"transformers", "peft"}, f"{path} imports {module}"
+        assert top != "lorapack" or part(module) in DATA | {"errors"}, f"{path} imports {module}"
 
 
 def test_the_page_of_the_command_line_is_what_the_commands_say():

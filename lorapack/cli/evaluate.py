@@ -35,7 +35,7 @@ def evaluate(
     report = read_report(directory)
     first, second = (read_adapter(original), found) if original else (found, None)
     quality, facts = evaluate_adapters(
-        first, compressed=second, used=report.used_rows() if report else (), watch=watch, **settings
+        first, data, compressed=second, used=report.used_rows() if report else (), watch=watch, **settings
     )
     if as_json:
         click.echo(json.dumps({"quality": asdict(quality), "data": facts}, indent=1))

@@ -1,9 +1,10 @@
 """Which columns of the rows mean what."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from lorapack.data.rows import Row
 from lorapack.errors import InputError
@@ -21,6 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels", "class", "score"),
 }
 ROLES = tuple(NAMES)
+_HALF = re.compile(r"[\ud800-\udfff]")  # half a character, as in JSON that was cut: no tokenizer takes it
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,21 @@ def examples(rows: Sequence[Row], columns: Columns) -> list[Example]:
         if columns.form == "messages":
             usable = _is_chat(values["messages"])
         else:
-            usable = all(isinstance(v, str) and v.strip() for v in values.values())
+            usable = all(_is_text(v) and v.strip() for v in values.values())
         if usable:
             found.append(Example(number, columns.form, values, label))
     return found
+
+
+def _is_text(value: Any) -> TypeGuard[str]:
+    return isinstance(value, str) and not _HALF.search(value)
 
 
 def _is_chat(messages: Any) -> bool:
     return (
         isinstance(messages, list)
         and len(messages) > 1
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+        and all(isinstance(m, dict) and _is_text(m.get("content")) and "role" in m for m in messages)
         and messages[-1]["role"] == "assistant"
     )
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lorapack.data.columns import Columns, Example, detect, examples
@@ -10,7 +10,23 @@ from lorapack.data.encode import Encoded, encode
 from lorapack.data.rows import Row, read_rows
 from lorapack.data.split import Parts, split
 from lorapack.errors import InputError
-from lorapack.model.load import Loaded
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a base model reads rows.
+
+    Attributes:
+        tokenizer: transformers' own.
+        longest: the most tokens a row may have.
+        classes: of a classifier; 1 where a number is predicted; None for a language model.
+        label_ids: the model's names of its classes, for labels that are words.
+    """
+
+    tokenizer: Any
+    longest: int
+    classes: int | None = None
+    label_ids: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -30,7 +46,7 @@ class Prepared:
 
 
 def prepare(
-    loaded: Loaded,
+    reader: Reader,
     data: str,
     *,
     eval_data: str | None = None,
@@ -42,7 +58,7 @@ def prepare(
     """Read, cut into parts and tokenise.
 
     Args:
-        loaded: whose tokenizer and task decide.
+        reader: of the base model.
         data: see `lorapack.data.rows.read_rows`.
         eval_data: evaluation rows of their own; otherwise they are cut off the data.
         columns: role to column, where the usual names do not fit.
@@ -53,27 +69,27 @@ def prepare(
     Raises:
         InputError: whatever is wrong with the data.
     """
-    usable, found, facts = usable_rows(loaded, data, columns)
+    usable, found, facts = usable_rows(reader, data, columns)
     evaluation = None
     if eval_data is not None:
-        evaluation, _, other = usable_rows(loaded, eval_data, columns)
+        evaluation, _, other = usable_rows(reader, eval_data, columns)
         facts["evaluation_source"] = other
     parts = split(usable, sample=sample, seed=seed, evaluation=evaluation)
     parts = Parts(parts.calibration, parts.recovery[:most_recovery], parts.selection, parts.evaluation)
     encoded = {
-        name: encode(getattr(parts, name), loaded.tokenizer, loaded.longest, loaded.label_ids)
+        name: encode(getattr(parts, name), reader.tokenizer, reader.longest, reader.label_ids)
         for name in ("calibration", "recovery", "selection", "evaluation")
     }
     for name, rows in encoded.items():
         if not rows and not (name == "recovery" and most_recovery == 0):
             raise InputError(f"{data}: no row of the {name} part has anything to predict; more rows are needed")
-        check_labels(loaded, rows, data)
+        check_labels(reader, rows, data)
     facts |= {
         "form": found.form,
         "columns": dict(found.roles),
         "seed": seed,
         "sample": sample,
-        "longest": loaded.longest,
+        "longest": reader.longest,
         "rows_cut": sum(row.cut > 0 for rows in encoded.values() for row in rows),
         "tokens_cut": sum(row.cut for rows in encoded.values() for row in rows),
         "parts": {
@@ -89,12 +105,12 @@ def prepare(
 
 
 def prepare_evaluation(
-    loaded: Loaded, data: str, columns: Mapping[str, str] | None = None, used: Collection[str] = ()
+    reader: Reader, data: str, columns: Mapping[str, str] | None = None, used: Collection[str] = ()
 ) -> tuple[list[Encoded], dict[str, Any]]:
     """All usable rows of a source, but for those that have been used before.
 
     Args:
-        loaded: whose tokenizer and task decide.
+        reader: of the base model.
         data: the source.
         columns: role to column.
         used: fingerprints of rows that may not be evaluated on.
@@ -102,39 +118,38 @@ def prepare_evaluation(
     Raises:
         InputError: nothing is left.
     """
-    usable, found, facts = usable_rows(loaded, data, columns)
+    usable, found, facts = usable_rows(reader, data, columns)
     unique = {e.content: e for e in reversed(usable)}
     fresh = [e for e in reversed(unique.values()) if fingerprint(e) not in used]
     if not fresh:
         raise InputError(f"{data}: every usable row was used to compress this adapter; evaluate on other data")
-    rows = encode(fresh, loaded.tokenizer, loaded.longest, loaded.label_ids)
+    rows = encode(fresh, reader.tokenizer, reader.longest, reader.label_ids)
     if not rows:
         raise InputError(f"{data}: no row has anything to predict")
-    check_labels(loaded, rows, data)
+    check_labels(reader, rows, data)
     facts |= {"form": found.form, "columns": dict(found.roles), "rows_used_before": len(unique) - len(fresh)}
     return rows, facts
 
 
 def usable_rows(
-    loaded: Loaded, data: str, columns: Mapping[str, str] | None
+    reader: Reader, data: str, columns: Mapping[str, str] | None
 ) -> tuple[list[Example], Columns, dict[str, Any]]:
     rows: Sequence[Row] = read_rows(data)
-    found = detect(rows, loaded.task == "SEQ_CLS", columns or {})
+    found = detect(rows, reader.classes is not None, columns or {})
     usable = examples(rows, found)
     if not usable:
         raise InputError(f"{data}: none of its {len(rows)} rows is usable with the columns {found}")
     return usable, found, {"source": str(data), "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
 
 
-def check_labels(loaded: Loaded, rows: Sequence[Encoded], data: str) -> None:
+def check_labels(reader: Reader, rows: Sequence[Encoded], data: str) -> None:
     """A label the model cannot predict is the user's mistake, not an index error in a kernel."""
-    if loaded.task != "SEQ_CLS" or loaded.is_regression:
+    if reader.classes is None or reader.classes == 1:
         return
-    classes = int(loaded.base.config.num_labels)
     for row in rows:
-        if row.labels not in range(classes):
+        if row.labels not in range(reader.classes):
             raise InputError(
-                f"{data} row {row.row}: the label {row.labels} is not one of the model's {classes} classes"
+                f"{data} row {row.row}: the label {row.labels} is not one of the model's {reader.classes} classes"
             )
 
 

@@ -55,7 +55,7 @@ def evaluate_adapters(
     loaded = load(
         original, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
     )
-    rows, facts = prepare_evaluation(loaded, data, columns, used)
+    rows, facts = prepare_evaluation(loaded.reader, data, columns, used)
     variants = {"base": place(None, loaded.device), "original": place(original, loaded.device)}
     if compressed is not None:
         variants["compressed"] = place(compressed, loaded.device)

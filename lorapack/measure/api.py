@@ -51,7 +51,7 @@ def measure_adapter(
         InputError: data or base do not fit.
     """
     loaded = load(adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code)
-    prepared = prepare(loaded, data, columns=columns, sample=sample, seed=seed, most_recovery=0)
+    prepared = prepare(loaded.reader, data, columns=columns, sample=sample, seed=seed, most_recovery=0)
     rows = prepared.calibration
     return measure_moments(
         loaded,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorapack.core.adapter import Adapter
+from lorapack.data.prepare import Reader
 from lorapack.errors import InputError
 from lorapack.write.form import peft_form
 
@@ -30,20 +31,18 @@ class Loaded:
 
     Attributes:
         model: PEFT's model, frozen, in eval mode.
-        tokenizer: of the base.
+        reader: how it reads rows.
         layers: PEFT's LoRA layer of every module of the adapter.
         task: what kind of head it has.
         base_model: the id or path it was loaded from.
-        longest: the most tokens a row may have.
     """
 
     model: nn.Module
-    tokenizer: Any
+    reader: Reader
     layers: dict[str, Any]
     task: Task
     base_model: str
     device: torch.device
-    longest: int
 
     @property
     def base(self) -> Any:
@@ -52,7 +51,7 @@ class Loaded:
 
     @property
     def pad(self) -> int:
-        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+        return int(self.reader.tokenizer.pad_token_id or 0)
 
     def tokens_with_logits(self, tokens: int) -> int:
         """How many of `tokens` a batch may have where logits are computed: at most `MOST_LOGITS` numbers."""
@@ -61,11 +60,7 @@ class Loaded:
 
     @property
     def is_regression(self) -> bool:
-        return self.task == "SEQ_CLS" and self.base.config.num_labels == 1
-
-    @property
-    def label_ids(self) -> dict[str, int]:
-        return {str(name): int(n) for name, n in (self.base.config.label2id or {}).items()}
+        return self.reader.classes == 1
 
 
 def load(
@@ -128,12 +123,16 @@ def load(
     modules = dict(attached.base_model.model.named_modules())
     return Loaded(
         model=attached,
-        tokenizer=tokenizer,
+        reader=Reader(
+            tokenizer,
+            longest=_longest(max_length, config, tokenizer),
+            classes=int(model.config.num_labels) if task == "SEQ_CLS" else None,
+            label_ids={str(name): int(n) for name, n in (model.config.label2id or {}).items()},
+        ),
         layers={module: modules[module] for module in adapter.modules},
         task=task,
         base_model=source,
         device=where,
-        longest=_longest(max_length, config, tokenizer),
     )
 
 

@@ -1,0 +1,394 @@
+"""An output directory appears whole or not at all, whatever happens and whenever."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT
+
+from lorapack.errors import OutputError
+from lorapack.write import new_directory
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def make(out, text="new", **options):
+    with new_directory(out, **options) as directory:
+        (directory / "one").write_text(text)
+        (directory / "below").mkdir()
+        (directory / "below" / "two").write_text(text)
+
+
+def content(out):
+    return (out / "one").read_text(), (out / "below" / "two").read_text()
+
+
+def test_it_appears_at_the_end_and_whole(tmp_path):
+    out = tmp_path / "new" / "parents" / "out"
+    with new_directory(out) as directory:
+        (directory / "one").write_text("1")
+        assert not out.exists()
+    assert names(out) == ["one"]
+    assert names(out.parent) == ["out"]
+
+
+def test_after_an_error_nothing_is_left_not_even_the_parents_made_for_it(tmp_path):
+    with pytest.raises(KeyError), new_directory(tmp_path / "new" / "parents" / "out") as directory:
+        (directory / "one").write_text("1")
+        raise KeyError
+    assert names(tmp_path) == []
+
+
+def test_parents_that_somebody_else_uses_in_the_meantime_stay(tmp_path):
+    with pytest.raises(KeyError), new_directory(tmp_path / "parent" / "out"):
+        (tmp_path / "parent" / "of another").mkdir()
+        raise KeyError
+    assert names(tmp_path / "parent") == ["of another"]
+
+
+def test_an_existing_one_is_refused_and_left_as_it_is(tmp_path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(OutputError, match="exists"):
+        make(tmp_path / "out")
+    assert content(tmp_path / "out") == ("old", "old")
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_replaces_it_at_the_end_and_whole(tmp_path):
+    make(tmp_path / "out", "old")
+    (tmp_path / "out" / "left").write_text("old")
+    with new_directory(tmp_path / "out", overwrite=True) as directory:
+        (directory / "one").write_text("new")
+        assert content(tmp_path / "out") == ("old", "old")
+    assert names(tmp_path / "out") == ["one"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_error_while_overwriting_leaves_the_old_one(tmp_path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(KeyError), new_directory(tmp_path / "out", overwrite=True) as directory:
+        (directory / "one").write_text("new")
+        raise KeyError
+    assert content(tmp_path / "out") == ("old", "old")
+    assert names(tmp_path) == ["out"]
+
+
+def failing_rename(monkeypatch, fault):
+    """Let the rename that publishes the new directory fail, at the worst moment: the old one is out of the way."""
+    rename = Path.rename
+
+    def tried(self, target):
+        if self.name == "out" and ".lorapack-" in self.parent.name:
+            fault()
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", tried)
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_rename_that_fails_while_overwriting_leaves_the_old_one(tmp_path, monkeypatch):
+    make(tmp_path / "out", "old")
+    failing_rename(monkeypatch, no_space)
+    with pytest.raises(OutputError, match="No space left"):
+        make(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == ("old", "old")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "link to a directory"])
+def test_what_is_no_directory_is_never_replaced(kind, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "other").mkdir()
+    out.write_text("mine") if kind == "file" else out.symlink_to("other" if kind.endswith("directory") else "nothing")
+    before = os.lstat(out)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            make(out, overwrite=overwrite)
+    assert os.lstat(out).st_ino == before.st_ino
+    assert names(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("place", [".", "inside", "inside/deeper", ".."])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_that_overlaps_an_input_is_refused(place, overwrite, tmp_path):
+    source = tmp_path / "work" / "input"
+    (source / "inside").mkdir(parents=True)
+    (source / "file").write_text("precious")
+    with pytest.raises(OutputError, match="overlap"):
+        make(Path(os.path.normpath(source / place)), overwrite=overwrite, inputs=(source,))
+    (tmp_path / "link").symlink_to(source)
+    with pytest.raises(OutputError, match="overlap"):
+        make(tmp_path / "link" / "out", overwrite=overwrite, inputs=(source,))
+    assert (source / "file").read_text() == "precious" and names(source) == ["file", "inside"]
+
+
+def test_a_directory_that_holds_an_input_file_is_not_replaced(tmp_path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(OutputError, match="overlap"):
+        make(tmp_path / "out", overwrite=True, inputs=(tmp_path / "out" / "one",))
+    make(tmp_path / "new", inputs=(tmp_path / "out" / "one", "owner/name", "/nowhere/at/all"))
+    assert content(tmp_path / "out") == ("old", "old")
+
+
+@pytest.mark.parametrize("out", ["/proc/x/out", "/sys/x", "/dev/null/x", "x" * 255])
+def test_where_nothing_can_be_made_it_is_one_line(out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="cannot be made") as refusal:
+        make(out)
+    assert "\n" not in str(refusal.value)
+    assert names(tmp_path) == []
+
+
+def test_others_may_read_it_as_the_umask_says(tmp_path):
+    before = os.umask(0o022)
+    try:
+        make(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "out" / "one").stat().st_mode & 0o777 == 0o644
+
+
+# Other processes
+
+
+def child(work):
+    """Run `work` in a process of its own; its exit code is what it returns."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        code = work()
+    finally:
+        os._exit(code)
+
+
+def code_of(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class Gate:
+    """A pipe: `wait` returns once the other side has called `open`, or is gone."""
+
+    def __init__(self):
+        self.read, self.write = os.pipe()
+
+    def open(self):
+        os.write(self.write, b"x")
+
+    def wait(self):
+        os.read(self.read, 1)
+
+
+def holding(out, ready, go):
+    """A process inside the block: it says so, and goes on when it may."""
+
+    def work():
+        try:
+            with new_directory(out) as directory:
+                (directory / "one").write_text("half")
+                ready.open()
+                go.wait()
+        except OutputError:
+            return 3
+        return 0
+
+    pid = child(work)
+    ready.wait()
+    return pid
+
+
+def test_what_a_killed_run_left_is_swept_by_the_next(tmp_path):
+    pid = holding(tmp_path / "out", Gate(), Gate())
+    os.kill(pid, signal.SIGKILL)
+    assert code_of(pid) == -signal.SIGKILL
+    assert len(names(tmp_path)) == 1 and names(tmp_path)[0].startswith(".out.lorapack-")
+    make(tmp_path / "another")  # not its business
+    assert len(names(tmp_path)) == 2
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["another", "out"]
+
+
+def test_a_living_run_is_not_swept_and_the_slower_one_is_refused(tmp_path):
+    go = Gate()
+    pid = holding(tmp_path / "out", Gate(), go)
+    make(tmp_path / "out")
+    assert len(names(tmp_path)) == 2, "the living run's files are still there"
+    go.open()
+    assert code_of(pid) == 3
+    assert content(tmp_path / "out") == ("new", "new")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_killed_in_the_middle_of_replacing_gives_the_old_one_back(tmp_path, monkeypatch):
+    make(tmp_path / "out", "old")
+
+    def work():
+        failing_rename(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        make(tmp_path / "out", overwrite=True)
+        return 0
+
+    assert code_of(child(work)) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(OutputError, match="exists"):
+        make(tmp_path / "out")
+    assert content(tmp_path / "out") == ("old", "old")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_killed_while_cleaning_up_is_swept_too(tmp_path):
+    left = tmp_path / ".out.lorapack-abc"
+    (left / "old").mkdir(parents=True)  # its lock file is gone already
+    (tmp_path / ".out.lorapack-def").mkdir()  # and this one had none yet
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("name", ["out*", "[o]ut", "out?"])
+def test_only_its_own_leftovers_are_swept(name, tmp_path):
+    other = tmp_path / ".outer.lorapack-abc"
+    other.mkdir()
+    make(tmp_path / name)
+    assert names(tmp_path) == sorted([other.name, name])
+
+
+def test_of_many_at_once_exactly_one_wins(tmp_path):
+    for attempt in range(12):
+        out, start = tmp_path / f"out{attempt}", Gate()
+
+        def work(number, out=out, start=start):
+            os.close(start.write)
+            start.wait()
+            try:
+                make(out, str(number))
+            except OutputError:
+                return 3
+            return 0
+
+        pids = [child(lambda number=number: work(number)) for number in range(6)]
+        os.close(start.write)  # the last one: now all of them start
+        codes = [code_of(pid) for pid in pids]
+        os.close(start.read)
+        winner = codes.index(0)
+        assert sorted(codes) == [0, 3, 3, 3, 3, 3]
+        assert content(out) == (str(winner), str(winner))
+    assert names(tmp_path) == sorted(f"out{attempt}" for attempt in range(12))
+
+
+# The real command, killed at random moments. One process imports everything and forks a child for each
+# trial; half of the children are killed after a random time, the others when a certain file appears.
+
+KILLER = """
+import glob, hashlib, json, os, random, signal, sys, time
+import torch, transformers, peft
+from pathlib import Path
+import lorapack
+from lorapack.cli.files import read_report
+from lorapack.cli.main import main
+from lorapack.core.adapter import digest
+
+torch.set_num_threads(1)
+adapter, base, data, held, folder = sys.argv[1:]
+out = Path(folder) / "out"
+arguments = ["lorapack", "compress", adapter, "--base", base, "--data", data, "--eval-data", held, "--sample", "2",
+             "--max-length", "32", "--recover-steps", "1", "--batch-size", "2", "-o", str(out), "--overwrite"]
+transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # import what is lazy
+transformers.AutoModelForCausalLM.from_pretrained(base)
+transformers.AutoTokenizer.from_pretrained(base)
+import lorapack.cli.progress, lorapack.cli.show, lorapack.compress, lorapack.write  # noqa
+
+def start():
+    pid = os.fork()
+    if pid:
+        return pid
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    sys.argv = arguments
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    os._exit(98)
+
+def state():
+    return {p: hashlib.sha256(Path(p).read_bytes()).hexdigest()
+            for d in (adapter, base) for p in sorted(glob.glob(d + "/*"))}
+
+def whole():
+    found = lorapack.read_adapter(out)
+    report = read_report(out)
+    assert report is not None and report.adapter["compressed"] == digest(found)
+    assert sorted(os.listdir(out)) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "report.json"]
+
+begin = time.perf_counter()
+code = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
+duration = time.perf_counter() - begin
+assert code == 0, code
+whole()
+import shutil
+shutil.rmtree(out)
+
+generator = random.Random(0)
+before, trials = state(), []
+triggers = [None, "adapter_config.json", None, "adapter_model.safetensors", None, "report.json", None, "README.md"]
+for number in range(20):
+    trigger = triggers[number % len(triggers)]
+    had = out.exists()
+    pid = start()
+    deadline = time.perf_counter() + (generator.uniform(0, duration) if trigger is None else 60)
+    if trigger is None:
+        time.sleep(max(0, deadline - time.perf_counter()))
+    else:
+        ended = False
+        while not glob.glob(f"{folder}/.out.lorapack-*/out/{trigger}") and time.perf_counter() < deadline:
+            pass
+        time.sleep(generator.choice([0, 0, 0.002, 0.01]))
+    os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if out.exists():
+        whole()
+    left = [n for n in os.listdir(folder) if n != "out"]
+    kept = any((Path(folder) / n / "old").exists() for n in left)
+    assert out.exists() or not had or kept, "what was there is gone"
+    assert state() == before, "the input was changed"
+    assert len(left) <= 1, left  # what earlier trials had left is swept
+    trials.append({"trigger": trigger, "code": code, "out": out.exists(), "left": len(left)})
+code = os.waitstatus_to_exitcode(os.waitpid(start(), 0)[1])
+assert code == 0, code
+whole()
+assert os.listdir(folder) == ["out"], os.listdir(folder)
+print(json.dumps({"duration": duration, "trials": trials}))
+"""
+
+
+def test_a_compression_killed_at_any_moment_leaves_a_whole_directory_or_none(tmp_path):
+    rows = {"data.jsonl": CALIBRATION, "held.jsonl": HELDOUT}
+    for name, source in rows.items():
+        (tmp_path / name).write_text("".join(source.read_text().splitlines(keepends=True)[:8]))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, *map(str, (ADAPTER, BASE, *(tmp_path / name for name in rows), folder))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    trials = json.loads(done.stdout)["trials"]
+    killed = [trial for trial in trials if trial["code"] == -signal.SIGKILL]
+    assert len(trials) == 20 and len(killed) >= 15, trials
+    assert sum(trial["left"] for trial in killed) >= 10, "most kills must hit a run at work"
+    assert {trial["trigger"] for trial in killed if trial["left"]} >= {"adapter_config.json", "report.json"}, trials
