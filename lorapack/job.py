@@ -103,7 +103,7 @@ def figures(job: Job, rows: Sequence[Encoded], compressed: Adapter, step: str = 
     }
     seen = job.watch(step, job.batches(rows, logits=True))
     found = score(job.loaded, variants, "original", seen, len(rows))
-    return quality(found, job.loaded.task, job.loaded.is_regression, job.seed)
+    return quality(found, job.loaded.reader.classes, job.seed)
 
 
 def plan_budget(budget: str, adapter: Adapter) -> int:

@@ -103,8 +103,8 @@ def test_two_class_figures_are_their_definitions_on_every_resample(answer, seed)
     for n, sample in enumerate(samples):
         t, s = [true[i] for i in sample], [said[i] for i in sample]
         assert metrics.accuracy(counts, found)[n] == pytest.approx(naive_accuracy(t, s))
-        assert metrics.f1(counts, found)[n] == pytest.approx(naive_f1(t, s, of=1))
-        assert metrics.matthews(counts, found)[n] == pytest.approx(naive_matthews(t, s, 2), abs=1e-9)
+        assert metrics.f1(counts, found, 2)[n] == pytest.approx(naive_f1(t, s, of=1))
+        assert metrics.matthews(counts, found, 2)[n] == pytest.approx(naive_matthews(t, s, 2), abs=1e-9)
 
 
 @quick
@@ -116,8 +116,8 @@ def test_figures_of_more_classes_are_their_definitions_on_every_resample(answer,
     for n, sample in enumerate(samples):
         t, s = [true[i] for i in sample], [said[i] for i in sample]
         assert metrics.accuracy(counts, found)[n] == pytest.approx(naive_accuracy(t, s))
-        assert metrics.f1(counts, found)[n] == pytest.approx(mean([naive_f1(t, s, of=c) for c in range(4)]))
-        assert metrics.matthews(counts, found)[n] == pytest.approx(naive_matthews(t, s, 4), abs=1e-9)
+        assert metrics.f1(counts, found, 4)[n] == pytest.approx(mean([naive_f1(t, s, of=c) for c in range(4)]))
+        assert metrics.matthews(counts, found, 4)[n] == pytest.approx(naive_matthews(t, s, 4), abs=1e-9)
 
 
 @quick
@@ -136,8 +136,8 @@ def test_figures_worked_by_hand():
     # class 1: 2 hits, 3 said, 3 true -> F1 2/3; tp 2, tn 2, fp 1, fn 1 -> (4 - 1) / sqrt(3 * 3 * 3 * 3) = 1/3
     found = scores(6, target=[1, 1, 1, 0, 0, 0], predicted=[1, 1, 0, 1, 0, 0])
     assert metrics.accuracy(counts, found)[0] == pytest.approx(4 / 6)
-    assert metrics.f1(counts, found)[0] == pytest.approx(2 / 3)
-    assert metrics.matthews(counts, found)[0] == pytest.approx(1 / 3)
+    assert metrics.f1(counts, found, 2)[0] == pytest.approx(2 / 3)
+    assert metrics.matthews(counts, found, 2)[0] == pytest.approx(1 / 3)
     # ranks 1 2 3 4 and 1.5 1.5 3 4: covariance 4.5, variances 5 and 4.5
     four = scores(4, target=[10, 20, 30, 40], predicted=[7, 7, 8, 9])
     assert metrics.spearman(np.ones((1, 4)), four)[0] == pytest.approx(4.5 / math.sqrt(5 * 4.5))
@@ -183,7 +183,7 @@ def some_scores(seed, rows=30):
 
 
 def test_the_same_seed_gives_the_same_intervals_and_another_seed_only_other_ends():
-    one, same, other = (quality(some_scores(0), "CAUSAL_LM", False, seed) for seed in (1, 1, 2))
+    one, same, other = (quality(some_scores(0), None, seed) for seed in (1, 1, 2))
     assert one == same != other
     assert other.metrics["loss"]["base"].value == one.metrics["loss"]["base"].value
     assert other.metrics["loss"]["base"].low != one.metrics["loss"]["base"].low
@@ -191,25 +191,25 @@ def test_the_same_seed_gives_the_same_intervals_and_another_seed_only_other_ends
 
 def test_the_gain_retained_is_the_part_of_the_way_from_base_to_original():
     made = some_scores(1)
-    found = quality(made, "CAUSAL_LM", False, 0)
+    found = quality(made, None, 0)
     base, original, compressed = (found.metrics["loss"][v].value for v in ("base", "original", "compressed"))
     assert found.retained.value == pytest.approx((base - compressed) / (base - original))
-    assert quality(made | {"compressed": made["original"]}, "CAUSAL_LM", False, 0).retained.low == pytest.approx(1)
-    assert quality(made | {"compressed": made["base"]}, "CAUSAL_LM", False, 0).retained.high == pytest.approx(0)
+    assert quality(made | {"compressed": made["original"]}, None, 0).retained.low == pytest.approx(1)
+    assert quality(made | {"compressed": made["base"]}, None, 0).retained.high == pytest.approx(0)
 
 
 def test_the_gain_retained_is_paired_row_by_row():
     """A variant that keeps exactly half on every row keeps half on every resample: the interval is a point."""
     made = some_scores(2)
     half = replace(made["base"], loss=(made["base"].loss + made["original"].loss) / 2)
-    found = quality(made | {"compressed": half}, "CAUSAL_LM", False, 0).retained
+    found = quality(made | {"compressed": half}, None, 0).retained
     assert (found.low, found.value, found.high) == pytest.approx((0.5, 0.5, 0.5))
 
 
 def test_where_the_original_is_not_better_than_the_base_nothing_is_said_of_the_gain():
     made = some_scores(3)
-    assert quality(made | {"base": made["original"]}, "CAUSAL_LM", False, 0).retained is None
-    assert quality(made | {"base": made["original"], "original": made["base"]}, "CAUSAL_LM", False, 0).retained is None
+    assert quality(made | {"base": made["original"]}, None, 0).retained is None
+    assert quality(made | {"base": made["original"], "original": made["base"]}, None, 0).retained is None
 
 
 # Whole models.
@@ -403,7 +403,7 @@ def test_a_classifier_is_scored_as_plain_runs_are(tmp_path, classes):
             assert found[name].target[n] == row.labels
             assert found[name].predicted[n] == int(q.argmax())
             assert found[name].agreement[n] == (p.argmax() == q.argmax())
-    figures = quality(found, "SEQ_CLS", False, 0)
+    figures = quality(found, loaded.reader.classes, 0)
     right = mean([float(found["base"].predicted[n] == row.labels) for n, row in enumerate(rows)])
     assert figures.metrics["accuracy"]["base"].value == pytest.approx(right)
     assert figures.metrics.keys() == {"loss", "accuracy", "f1", "matthews"}
@@ -424,7 +424,7 @@ def test_a_regression_is_scored_as_plain_runs_are(tmp_path):
             assert found[name].loss[n] == pytest.approx((value - row.labels) ** 2, rel=1e-3)
             assert found[name].divergence[n] == pytest.approx((value - reference) ** 2, rel=1e-3, abs=1e-6)
             assert found[name].predicted[n] == pytest.approx(value, rel=1e-4)
-    figures = quality(found, "SEQ_CLS", True, 0).metrics
+    figures = quality(found, 1, 0).metrics
     said = list(found["original"].predicted)
     assert figures["spearman"]["original"].value == pytest.approx(naive_spearman([r.labels for r in rows], said))
     assert figures["squared error"]["original"].value == pytest.approx(mean(list(found["original"].loss)))

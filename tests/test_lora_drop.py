@@ -266,6 +266,13 @@ def test_the_next_threshold_would_exceed_the_budget():
     assert {b: s for b, s in sizes.items() if s != sizes.get(b - 1)} == {44: 44, 66: 66, 88: 88, 110: 110}
 
 
+def test_a_budget_of_a_compact_adapter_sees_that_giving_up_one_user_of_a_shared_pair_frees_nothing():
+    adapter, statistics = with_norms(layers(6, 5, 4, 3, 2, 1))
+    together = adapter.with_pool({"one": adapter.pool["layers.0.q"]}, {m: Pointer("one", 2.0) for m in adapter.modules})
+    found = lora_drop.plan(together, statistics, budget=22)  # one pair: 2 * (6 + 5)
+    assert parameters(found, together) == 22 and kept(found) == together.linear
+
+
 def test_a_budget_that_is_too_small_says_what_the_smallest_plan_needs():
     adapter, statistics = with_norms(layers(16, 8, 4, 2, 1))
     with pytest.raises(InputError, match=r"a budget of 43 parameters .* has 44 \(40\.0%\)"):

@@ -358,12 +358,18 @@ def test_an_adapter_on_the_head_is_measured_with_the_loss_too(headed):
         same(measured.modules[m].backward, sum(u.T @ u for _, u in tables), 1e-6)
 
 
+@pytest.mark.parametrize("average", ["token", "sample"])
 @pytest.mark.parametrize("length", [7, 4])
-def test_a_layer_that_sees_rows_and_not_tokens_is_refused_by_name(tmp_path, length):
+def test_a_pooler_that_sees_one_vector_a_row_has_each_counted_once(tmp_path, length, average):
     """Also where the rank is the row's length by chance (4)."""
     adapter, loaded = attached(bert(1), tmp_path, target_modules=["query", "pooler.dense"], task_type="SEQ_CLS")
-    with pytest.raises(InputError, match=r"pooler\.dense"):
-        measure_moments(loaded, adapter.linear, batches(sentences([length] * 3), 100, loaded.pad))
+    each = batches(sentences([length] * 3), 100, loaded.pad)
+    seen = []
+    with loaded.layers["bert.pooler.dense"].register_forward_pre_hook(lambda _, given: seen.append(given[0].double())):
+        found = measure_moments(loaded, adapter.linear, each, average=average)
+    h = torch.cat(seen) @ adapter.factors("bert.pooler.dense").A.double().T
+    assert h.shape == (3, 4)
+    same(found.modules["bert.pooler.dense"].forward, h.T @ h, 1e-6)
 
 
 # The inputs of shared adapters.

@@ -61,4 +61,4 @@ def evaluate_adapters(
         variants["compressed"] = place(compressed, loaded.device)
     each = batches(rows, loaded.tokens_with_logits(batch_tokens), loaded.pad)
     found = score(loaded, variants, "original", watch("evaluate", each), len(rows))
-    return quality(found, loaded.task, loaded.is_regression, seed), facts
+    return quality(found, loaded.reader.classes, seed), facts

@@ -1,6 +1,7 @@
 """Figures from row scores, each with a bootstrap interval over the rows."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,9 +53,9 @@ def accuracy(counts: Counts, scores: Scores) -> Numbers:
     return found
 
 
-def f1(counts: Counts, scores: Scores) -> Numbers:
+def f1(counts: Counts, scores: Scores, classes: int) -> Numbers:
     """Of class 1 where there are two classes, the mean over the classes otherwise."""
-    table = confusion(counts, scores)
+    table = confusion(counts, scores, classes)
     hit = np.diagonal(table, axis1=1, axis2=2)
     total = table.sum(axis=1) + table.sum(axis=2)
     with np.errstate(invalid="ignore"):
@@ -63,9 +64,9 @@ def f1(counts: Counts, scores: Scores) -> Numbers:
     return found
 
 
-def matthews(counts: Counts, scores: Scores) -> Numbers:
+def matthews(counts: Counts, scores: Scores, classes: int) -> Numbers:
     """Matthews' correlation, for any number of classes (Gorodkin 2004); 0 where it is undefined."""
-    table = confusion(counts, scores)
+    table = confusion(counts, scores, classes)
     total, hit = table.sum(axis=(1, 2)), np.trace(table, axis1=1, axis2=2)
     true, predicted = table.sum(axis=2), table.sum(axis=1)
     covariance = hit * total - (true * predicted).sum(axis=1)
@@ -80,32 +81,34 @@ def spearman(counts: Counts, scores: Scores) -> Numbers:
     return np.array([_spearman(c, scores.target, scores.predicted) for c in counts])
 
 
-def confusion(counts: Counts, scores: Scores) -> Numbers:
+def confusion(counts: Counts, scores: Scores, classes: int) -> Numbers:
     """(resamples, classes, classes) counts by true and predicted class."""
-    classes = int(max(scores.target.max(), scores.predicted.max(), 1)) + 1
     cell = (scores.target * classes + scores.predicted).astype(int)
     found: Numbers = (counts @ np.eye(classes * classes)[cell]).reshape(-1, classes, classes)
     return found
 
 
-def quality(scores: Mapping[str, Scores], task: str, regression: bool, seed: int) -> Quality:
+def quality(scores: Mapping[str, Scores], classes: int | None, seed: int) -> Quality:
     """The figures of the variants, on the same resamples, so that differences are paired.
 
     Args:
         scores: by variant: ``original`` and any of ``base`` and ``compressed``, on the same rows.
-        task: ``CAUSAL_LM`` or ``SEQ_CLS``.
-        regression: the label is a number.
+        classes: of a classifier; 1 where a number is predicted; None for a language model.
         seed: of the resampling.
     """
     rows = len(scores["original"].loss)
     counts = resamples(rows, seed)
     metrics: dict[str, Metric] = {"loss": loss}
-    if task == "CAUSAL_LM":
+    if classes is None:
         metrics["perplexity"] = perplexity
-    elif regression:
+    elif classes == 1:
         metrics = {"squared error": loss, "spearman": spearman}
     else:
-        metrics |= {"accuracy": accuracy, "f1": f1, "matthews": matthews}
+        metrics |= {
+            "accuracy": accuracy,
+            "f1": partial(f1, classes=classes),
+            "matthews": partial(matthews, classes=classes),
+        }
     table = {
         name: {variant: interval(metric(counts, found)) for variant, found in scores.items()}
         for name, metric in metrics.items()
@@ -119,7 +122,7 @@ def quality(scores: Mapping[str, Scores], task: str, regression: bool, seed: int
         predictions=int(scores["original"].predictions.sum()),
         metrics=table,
         divergence=interval(divergence(counts, other)) if other else None,
-        agreement=interval(agreement(counts, other)) if other and not regression else None,
+        agreement=interval(agreement(counts, other)) if other and classes != 1 else None,
         retained=kept,
     )
 

@@ -28,14 +28,20 @@ class _Weights:
         each = torch.ones_like(lengths) if average == "token" else 1 / lengths
         self.values = each.expand_as(self.mask)[self.mask]
 
-    def pick(self, module: str, values: Tensor) -> Tensor:
-        """(tokens, n) float64: the values at the tokens, padding left out."""
+    def pick(self, module: str, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The values at the tokens, padding left out, (tokens, n) float64, and the weight of each, (tokens, 1).
+
+        A module that sees one vector a row (a pooler) has each of them counted once.
+        """
+        if values.ndim == 2 and len(values) == len(self.mask):
+            found = values.detach().double()
+            return found, torch.ones_like(found[:, :1])
         if values.ndim != 3 or values.shape[:2] != self.mask.shape:
             raise InputError(
                 f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
                 "so padding cannot be told apart; it cannot be measured"
             )
-        return values.detach()[self.mask].double()
+        return values.detach()[self.mask].double(), self.values[:, None]
 
 
 def measure_moments(
@@ -69,22 +75,22 @@ def measure_moments(
     weights = _Weights()
     weight = tokens = samples = 0.0
 
-    def add(module: str, part: str, left: Tensor, right: Tensor) -> None:
-        product = (left * weights.values[:, None]).T @ right
+    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
+        product = (left * each).T @ right
         sums[module][part] = product if part not in sums[module] else sums[module][part] + product
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, __: Any, h: Tensor) -> None:
-            seen = weights.pick(module, h)
-            add(module, "forward", seen, seen)
+            seen, each = weights.pick(module, h)
+            add(module, "forward", seen, seen, each)
             if loss:
                 if not h.requires_grad:
                     h.requires_grad_()  # frozen factors: the graph begins here, no weight gradient is computed
 
                 def backward(u: Tensor) -> None:
-                    found = weights.pick(module, u)
-                    add(module, "backward", found, found)
-                    add(module, "cross", found, seen)
+                    found, _ = weights.pick(module, u)
+                    add(module, "backward", found, found, each)
+                    add(module, "cross", found, seen, each)
 
                 h.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -135,8 +141,9 @@ def measure_inputs(
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
-            y = weights.pick(module, given[0]) @ on_device[id(bases[module])].T
-            product = (y * weights.values[:, None]).T @ y
+            x, each = weights.pick(module, given[0])
+            y = x @ on_device[id(bases[module])].T
+            product = (y * each).T @ y
             sums[module] = product if module not in sums else sums[module] + product
 
         return forward

@@ -3,11 +3,13 @@
 Source: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation" (arXiv 2402.07721).
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from lorapack.core.adapter import Adapter, digest
+from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.names import module_type, order
 from lorapack.core.plan import Choice, Plan, parameters
 from lorapack.core.statistics import Statistics, check_fits, output_norms
@@ -39,25 +41,24 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None,
     if budget is None:
         if not 0 < threshold <= 1:
             raise InputError(f"threshold {threshold} is outside (0, 1]")
-        return _at(adapter, norms, threshold, statistics.average)
+        return replace(_at(adapter, norms, threshold, statistics.average), adapter=digest(adapter))
     thresholds = candidates(adapter, norms)
-    fitting, found = 0, _at(adapter, norms, thresholds[0], statistics.average)
-    if parameters(found, adapter) > budget:
-        whole = sum(adapter.factors(m).parameters for m in adapter.linear)
-        least = parameters(found, adapter)
+    if adapter.groups:  # what is shared already is not freed by giving up one of its users: look at every plan
+        plans = (_at(adapter, norms, t, statistics.average) for t in reversed(thresholds))
+        found = next((p for p in plans if parameters(p, adapter) <= budget), None)
+    else:  # the size never falls as the threshold rises
+        last = bisect.bisect_right(
+            thresholds, budget, key=lambda t: parameters(_at(adapter, norms, t, statistics.average), adapter)
+        )
+        found = _at(adapter, norms, thresholds[last - 1], statistics.average) if last else None
+    if found is None:
+        whole = size(adapter).parameters
+        least = min(parameters(_at(adapter, norms, t, statistics.average), adapter) for t in thresholds)
         raise InputError(
             f"a budget of {budget:,} parameters is too small for lora-drop: its smallest plan for this adapter "
             f"has {least:,} ({least / whole:.1%})"
         )
-    beyond = len(thresholds)
-    while beyond - fitting > 1:  # the size never falls as the threshold rises
-        middle = (fitting + beyond) // 2
-        tried = _at(adapter, norms, thresholds[middle], statistics.average)
-        if parameters(tried, adapter) <= budget:
-            fitting, found = middle, tried
-        else:
-            beyond = middle
-    return found
+    return replace(found, adapter=digest(adapter))
 
 
 def keep_until(importance: Mapping[str, float], threshold: float) -> list[str]:
@@ -123,7 +124,7 @@ def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, average:
             for m in rest:
                 choices[m] = Choice(m, "share", None, group, share[m], "beyond the threshold")
     options = {"threshold": threshold, "average": average}
-    return Plan("lora-drop", options, tuple(choices[m] for m in adapter.linear), groups, digest(adapter))
+    return Plan("lora-drop", options, tuple(choices[m] for m in adapter.linear), groups)
 
 
 METHOD = Method(
