@@ -465,11 +465,13 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(data, tmp_pat
         text=True,
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while not list(tmp_path.glob("new/.out.lorapack-*/out")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, (out, err)
+    # Python ends itself by the signal where it struck inside an exec: a shell shows 130 for both
+    assert process.returncode in (130, -signal.SIGINT), process.returncode
     assert err.strip().splitlines() == ["lorapack: interrupted, nothing was written"]
     assert out == "" and tree(tmp_path) == []

@@ -162,10 +162,22 @@ def test_others_may_read_it_as_the_umask_says(tmp_path):
 # Other processes
 
 
+CHILDREN = set()
+
+
+@pytest.fixture(autouse=True)
+def _no_child_outlives_its_test():
+    yield
+    for pid in list(CHILDREN):
+        os.kill(pid, signal.SIGKILL)
+        code_of(pid)
+
+
 def child(work):
     """Run `work` in a process of its own; its exit code is what it returns."""
     pid = os.fork()
     if pid:
+        CHILDREN.add(pid)
         return pid
     code = 99
     try:
@@ -175,6 +187,7 @@ def child(work):
 
 
 def code_of(pid):
+    CHILDREN.discard(pid)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

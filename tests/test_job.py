@@ -1,0 +1,97 @@
+"""What is built on one job: the smallest size for a share of the gain, sweeps, runs without data."""
+
+import pytest
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT
+
+from lorapack import compress_adapter, read_adapter, sweep_adapter
+from lorapack.core.adapter import size
+from lorapack.core.plan import parameters
+from lorapack.core.report import from_json, to_json
+from lorapack.data.prepare import prepare
+from lorapack.errors import InputError
+from lorapack.job import Job, chosen_method, figures, measure, packed, smallest_plan
+from lorapack.model.load import load
+from lorapack.sweep import parse_method
+from lorapack.write.card import card
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    return read_adapter(ADAPTER)
+
+
+@pytest.fixture(scope="module")
+def job(adapter):
+    loaded = load(adapter, str(BASE), device="cpu", max_length=48)
+    prepared = prepare(loaded.reader, str(CALIBRATION), sample="30", seed=0, most_recovery=0)
+    return Job(adapter, loaded, prepared)
+
+
+def test_the_smallest_plan_keeps_the_share_and_a_slightly_smaller_one_does_not(job, adapter):
+    method, share = chosen_method("rank", {}), 0.6
+    statistics = measure(job, "loss")
+    plan, search = smallest_plan(job, statistics, method, {}, share)
+    found = figures(job, job.prepared.selection, packed(job, plan, statistics)).retained
+    assert found.low >= share
+    count = parameters(plan, adapter)
+    assert count < size(adapter).parameters
+    failed = [tried for tried, low in search.tried if low < share]
+    assert failed and max(failed) < count <= max(failed) * 1.05
+    assert all(low >= share for tried, low in search.tried if tried >= count)
+
+
+def test_a_share_that_even_the_whole_adapter_does_not_keep_is_refused(job):
+    with pytest.raises(InputError, match="even the whole adapter"):
+        smallest_plan(job, measure(job, "output"), chosen_method("lora-drop", {}), {}, 1.5)
+
+
+def test_a_sweep_keeps_to_the_budgets_and_says_what_is_too_small(adapter):
+    points = sweep_adapter(
+        adapter,
+        str(CALIBRATION),
+        str(BASE),
+        methods=["rank:metric=output,allocation=uniform", "lora-drop"],
+        budgets=["50%", "5%"],
+        eval_data=str(HELDOUT),
+        sample="10",
+        max_length=32,
+        device="cpu",
+    )
+    assert [(p.method.partition(":")[0], p.budget) for p in points] == [
+        ("rank", "50%"),
+        ("rank", "5%"),
+        ("lora-drop", "50%"),
+        ("lora-drop", "5%"),
+    ]
+    for point in points[:3]:
+        assert 0 < point.share <= float(point.budget[:-1]) / 100
+        assert point.share == point.parameters / size(adapter).parameters
+    assert points[0].quality.retained.value > points[1].quality.retained.value
+    assert points[3].quality is None and "too small for lora-drop" in points[3].reason
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("nothing", "no method"), ("rank:threshold=1", "rank has no --threshold"), ("rank:loss", "name:option=value")],
+)
+def test_a_method_that_cannot_be_is_refused_before_anything_is_loaded(adapter, text, what):
+    with pytest.raises(InputError, match=what):
+        sweep_adapter(adapter, "no such file", "no such base", methods=[text])
+
+
+def test_options_of_a_method_are_read_as_numbers_where_they_are():
+    assert parse_method("rank:allocation=per-module,energy=0.5") == (
+        "rank",
+        {"allocation": "per-module", "energy": 0.5},
+    )
+
+
+def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):
+    options = {"metric": "weight"}
+    made = compress_adapter(adapter, None, "no such base", method="rank", budget="25%", options=options)
+    assert size(made.adapter).parameters <= size(adapter).parameters // 4
+    assert made.report.quality is None and made.report.data is None
+    assert from_json(to_json(made.report)).after == size(made.adapter)
+    assert "quality was not measured" in card(made.adapter, made.report)
+    with pytest.raises(InputError, match="lora-drop needs measurements: give --data"):
+        compress_adapter(adapter, None)
