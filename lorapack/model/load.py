@@ -106,8 +106,9 @@ def load(
                 "CAUSAL_LM": transformers.AutoModelForCausalLM,
                 "SEQ_CLS": transformers.AutoModelForSequenceClassification,
             }[task]
-            torch.manual_seed(0)  # a head that no file holds would be drawn at random
-            model = kind.from_pretrained(source, config=config, dtype=torch_dtype, **options)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a head that no file holds is drawn at random
+                model = kind.from_pretrained(source, config=config, dtype=torch_dtype, **options)
         except InputError:
             raise
         except Exception as error:  # transformers, the Hub's client and safetensors raise their own
