@@ -21,27 +21,27 @@ def names(directory):
 
 def make(out, text="new", **options):
     with new_directory(out, **options) as directory:
-        (directory / "one").write_text(text)
+        (directory / "adapter_config.json").write_text(text)
         (directory / "below").mkdir()
         (directory / "below" / "two").write_text(text)
 
 
 def content(out):
-    return (out / "one").read_text(), (out / "below" / "two").read_text()
+    return (out / "adapter_config.json").read_text(), (out / "below" / "two").read_text()
 
 
 def test_it_appears_at_the_end_and_whole(tmp_path):
     out = tmp_path / "new" / "parents" / "out"
     with new_directory(out) as directory:
-        (directory / "one").write_text("1")
+        (directory / "adapter_config.json").write_text("1")
         assert not out.exists()
-    assert names(out) == ["one"]
+    assert names(out) == ["adapter_config.json"]
     assert names(out.parent) == ["out"]
 
 
 def test_after_an_error_nothing_is_left_not_even_the_parents_made_for_it(tmp_path):
     with pytest.raises(KeyError), new_directory(tmp_path / "new" / "parents" / "out") as directory:
-        (directory / "one").write_text("1")
+        (directory / "adapter_config.json").write_text("1")
         raise KeyError
     assert names(tmp_path) == []
 
@@ -65,16 +65,16 @@ def test_overwrite_replaces_it_at_the_end_and_whole(tmp_path):
     make(tmp_path / "out", "old")
     (tmp_path / "out" / "left").write_text("old")
     with new_directory(tmp_path / "out", overwrite=True) as directory:
-        (directory / "one").write_text("new")
+        (directory / "adapter_config.json").write_text("new")
         assert content(tmp_path / "out") == ("old", "old")
-    assert names(tmp_path / "out") == ["one"]
+    assert names(tmp_path / "out") == ["adapter_config.json"]
     assert names(tmp_path) == ["out"]
 
 
 def test_an_error_while_overwriting_leaves_the_old_one(tmp_path):
     make(tmp_path / "out", "old")
     with pytest.raises(KeyError), new_directory(tmp_path / "out", overwrite=True) as directory:
-        (directory / "one").write_text("new")
+        (directory / "adapter_config.json").write_text("new")
         raise KeyError
     assert content(tmp_path / "out") == ("old", "old")
     assert names(tmp_path) == ["out"]
@@ -135,8 +135,8 @@ def test_an_output_that_overlaps_an_input_is_refused(place, overwrite, tmp_path)
 def test_a_directory_that_holds_an_input_file_is_not_replaced(tmp_path):
     make(tmp_path / "out", "old")
     with pytest.raises(OutputError, match="overlap"):
-        make(tmp_path / "out", overwrite=True, inputs=(tmp_path / "out" / "one",))
-    make(tmp_path / "new", inputs=(tmp_path / "out" / "one", "owner/name", "/nowhere/at/all"))
+        make(tmp_path / "out", overwrite=True, inputs=(tmp_path / "out" / "adapter_config.json",))
+    make(tmp_path / "new", inputs=(tmp_path / "out" / "adapter_config.json", "owner/name", "/nowhere/at/all"))
     assert content(tmp_path / "out") == ("old", "old")
 
 
@@ -156,7 +156,7 @@ def test_others_may_read_it_as_the_umask_says(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o755
-    assert (tmp_path / "out" / "one").stat().st_mode & 0o777 == 0o644
+    assert (tmp_path / "out" / "adapter_config.json").stat().st_mode & 0o777 == 0o644
 
 
 # Other processes
@@ -210,7 +210,7 @@ def holding(out, ready, go):
     def work():
         try:
             with new_directory(out) as directory:
-                (directory / "one").write_text("half")
+                (directory / "adapter_config.json").write_text("half")
                 ready.open()
                 go.wait()
         except OutputError:
@@ -405,3 +405,15 @@ def test_a_compression_killed_at_any_moment_leaves_a_whole_directory_or_none(tmp
     assert len(trials) == 20 and len(killed) >= 15, trials
     assert sum(trial["left"] for trial in killed) >= 10, "most kills must hit a run at work"
     assert {trial["trigger"] for trial in killed if trial["left"]} >= {"adapter_config.json", "report.json"}, trials
+
+
+def test_overwrite_never_replaces_what_is_no_adapter(tmp_path):
+    """A slip of the hand (`-o ~`) must not cost a home directory."""
+    home = tmp_path / "home"
+    home.mkdir()
+    make(home, overwrite=True)  # an empty one holds nothing to lose
+    (home / "adapter_config.json").unlink()
+    (home / "letters").write_text("dear")
+    with pytest.raises(OutputError, match="replaces adapters only"):
+        make(home, overwrite=True)
+    assert (home / "letters").read_text() == "dear" and names(tmp_path) == ["home"]

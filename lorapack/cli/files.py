@@ -17,6 +17,7 @@ from lorapack.core.statistics import Statistics
 from lorapack.errors import OutputError
 from lorapack.read.adapter import REPORT
 from lorapack.read.files import read_safetensors, read_text
+from lorapack.write.directory import refuse_overlap
 
 
 def read_plan(path: str) -> Plan:
@@ -42,7 +43,8 @@ def write_plan(plan: Plan, path: str, overwrite: bool) -> None:
     _write(path, overwrite, lambda temporary: Path(temporary).write_text(plans.to_json(plan)))
 
 
-def refuse_existing(path: str, overwrite: bool) -> None:
+def refuse_existing(path: str, overwrite: bool, *inputs: str | None) -> None:
+    refuse_overlap(path, *(given for given in inputs if given))
     if os.path.lexists(path) and not overwrite:
         raise OutputError(f"{path} exists; choose another output or pass --overwrite")
 

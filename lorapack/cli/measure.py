@@ -32,7 +32,7 @@ def measure(adapter: str, data: str, out: str, overwrite: bool, revision: str | 
     from lorapack.hub import read_adapter
     from lorapack.measure import measure_adapter
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, adapter, data, settings["base"])
     source = read_adapter(adapter, revision)
     statistics = measure_adapter(source, data, watch=watch, **settings)
     write_statistics(statistics, out, overwrite)

@@ -35,7 +35,7 @@ def plan(
     from lorapack.hub import read_adapter
     from lorapack.job import plan_adapter
 
-    refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite, adapter, statistics_file)
     source = read_adapter(adapter, revision)
     chosen = options.take_method_options(settings)
     statistics = read_statistics(statistics_file) if statistics_file else None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorapack.errors import OutputError
+from lorapack.read.adapter import CONFIG
 
 _MARK = ".lorapack-"  # .OUT.lorapack-XXXX beside OUT, with a lock file that dies with its process
 _LOCK = ".lock"
@@ -25,7 +26,7 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
 
     Args:
         out: the directory to make.
-        overwrite: replace an existing one, at the end.
+        overwrite: replace an existing one, at the end; only an empty one, or one that holds an adapter.
         inputs: files and directories that must not be written to.
 
     Raises:
@@ -128,6 +129,8 @@ def _refuse_existing(out: Path, overwrite: bool) -> None:
             raise OutputError(f"{out} exists; choose another output or pass --overwrite")
         if out.is_symlink() or not out.is_dir():
             raise OutputError(f"{out} is not a directory; choose another output")
+        if any(out.iterdir()) and not (out / CONFIG).exists():
+            raise OutputError(f"{out} holds no {CONFIG}: --overwrite replaces adapters only, choose another output")
 
 
 def _flush(directory: Path) -> None:
