@@ -18,9 +18,9 @@ from lorapack.model.point import Placed, place, point
 
 Objective = Literal["kl", "task"]
 CHECKS = 6  # how often the selection rows are looked at
-PATIENCE = 3  # checks without improvement after which it stops
+PATIENCE = 3  # checks in a row without improvement after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check without improvement
-WARM_UP = 0.1  # share of the steps
+WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def recover(
     """Train the packed adapter's linear factors; the best state on the selection rows is returned.
 
     AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that finds no
-    improvement goes back to the best state with a smaller learning rate, so that one rate suits
-    language models and small classifiers. Factors that several modules point to are one
+    improvement lowers the learning rate, the next one in a row also goes back to the best state, the
+    third ends it; so one rate suits language models and small classifiers. Factors that several modules point to are one
     parameter. The start counts as a state, so the objective on the selection rows never gets worse.
 
     Args:
@@ -82,7 +82,7 @@ def recover(
     teacher, student = place(original, loaded.device), place(packed, loaded.device, trainable=True)
     parameters = [p for pair in student.pairs.values() for p in pair]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
-    warm_up = max(1, int(steps * WARM_UP))
+    warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
     held = batches(selection, loaded.tokens_with_logits(batch_tokens), loaded.pad)
 
     dtypes = [t.dtype for name in student.pairs for t in (packed.pool[name].A, packed.pool[name].B)]
@@ -96,7 +96,7 @@ def recover(
         return sum(float(t.sum()) for t in found) / sum(len(t) for t in found)
 
     curve = [(0, check())]
-    best, state, failed = 0, _state(parameters), 0
+    best, state, waited, cuts = 0, _state(parameters), 0, 0
     every = max(1, steps // CHECKS)
     step = 0
     for batch in watch(training_batches(training, batch_size, steps, loaded.pad, seed), steps):
@@ -106,17 +106,18 @@ def recover(
             raise InputError(f"recovery: the loss is {loss.item()} at step {step}; a lower --learning-rate may help")
         loss.backward()  # type: ignore[no-untyped-call]
         rising, falling = step / warm_up, 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps + 1 - warm_up)))
-        optimizer.param_groups[0]["lr"] = learning_rate * BACK_OFF**failed * min(rising, falling)
+        optimizer.param_groups[0]["lr"] = learning_rate * BACK_OFF**cuts * min(rising, falling)
         optimizer.step()
         optimizer.zero_grad()
         if step % every == 0 or step == steps:
             curve.append((step, check()))
             if curve[-1][1] < min(value for _, value in curve[:-1]):
-                best, state = step, _state(parameters)
-            else:
-                failed += 1
-                if failed == PATIENCE:
-                    break
+                best, state, waited = step, _state(parameters), 0
+                continue
+            waited, cuts = waited + 1, cuts + 1
+            if waited == PATIENCE:
+                break
+            if waited > 1:  # a smaller rate alone did not help
                 _restore(parameters, state)
                 optimizer.state.clear()
     _restore(parameters, state)
