@@ -60,8 +60,9 @@ def recover(
 
     AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that finds no
     improvement lowers the learning rate, the next one in a row also goes back to the best state, the
-    third ends it; so one rate suits language models and small classifiers. Factors that several modules point to are one
-    parameter. The start counts as a state, so the objective on the selection rows never gets worse.
+    third ends it; so one rate suits language models and small classifiers. Factors that several
+    modules point to are one parameter. The start counts as a state, so the objective on the
+    selection rows never gets worse.
 
     Args:
         loaded: the base model.
