@@ -1,7 +1,9 @@
 """What is built on one job: the smallest size for a share of the gain, sweeps, runs without data."""
 
+import re
+
 import pytest
-from support import ADAPTER, BASE, CALIBRATION, HELDOUT
+from support import ADAPTER, BASE, CALIBRATION, FIXTURES, HELDOUT
 
 from lorapack import compress_adapter, read_adapter, sweep_adapter
 from lorapack.core.adapter import size
@@ -95,3 +97,13 @@ def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):
     assert "quality was not measured" in card(made.adapter, made.report)
     with pytest.raises(InputError, match="lora-drop needs measurements: give --data"):
         compress_adapter(adapter, None)
+
+
+def test_the_steps_in_the_readme_work_as_they_stand(tmp_path, monkeypatch):
+    readme = (FIXTURES.parent / "README.md").read_text()
+    steps = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    (tmp_path / "fixtures").symlink_to(FIXTURES)
+    monkeypatch.chdir(tmp_path)
+    exec(steps, {})
+    halved = read_adapter(tmp_path / "halved")
+    assert 0 < size(halved).parameters <= size(read_adapter(ADAPTER)).parameters // 2 and halved.groups
