@@ -68,12 +68,11 @@ def compress(
     from lorapack.compress import compress_adapter
     from lorapack.core.report import to_json
     from lorapack.hub import find_adapter, read_adapter
-    from lorapack.write import new_directory, put_adapter, refuse_overlap
+    from lorapack.write import new_directory, put_adapter
 
-    given = (adapter, data, settings["base"], settings["eval_data"], plan_file, statistics_file)
+    source = read_adapter(find_adapter(adapter, revision))
+    given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
     with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path)) as directory:
-        source = read_adapter(find_adapter(adapter, revision))
-        refuse_overlap(out, *filter(None, [source.base_model]))
         made = compress_adapter(
             source,
             data,

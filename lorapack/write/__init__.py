@@ -1,6 +1,6 @@
 """Write an adapter: compact where something is shared, plain PEFT otherwise or on demand."""
 
 from lorapack.write.adapter import put_adapter, write_adapter
-from lorapack.write.directory import new_directory, refuse_overlap
+from lorapack.write.directory import new_directory
 
-__all__ = ["new_directory", "put_adapter", "refuse_overlap", "write_adapter"]
+__all__ = ["new_directory", "put_adapter", "write_adapter"]
