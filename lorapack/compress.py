@@ -9,16 +9,29 @@ from typing import Any
 
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
+from lorapack.core.codes import STORES, Store
 from lorapack.core.plan import Metric, Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, type_rows
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
-from lorapack.job import Job, Search, chosen_method, figures, measure, packed, plan_adapter, plan_budget, smallest_plan
+from lorapack.job import (
+    Job,
+    Search,
+    byte_budget,
+    chosen_method,
+    figures,
+    measure,
+    packed,
+    plan_adapter,
+    plan_budget,
+    smallest_plan,
+)
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
+from lorapack.pack.store import store_adapter
 from lorapack.recover import recover
 from lorapack.recover.recover import Objective
 from lorapack.steps import Steps
@@ -53,6 +66,7 @@ def compress_adapter(
     statistics: Statistics | None = None,
     average: Average = "token",
     share_init: ShareInit = "closed",
+    store: Store | None = None,
     recover_steps: int = 100,
     objective: Objective = "kl",
     learning_rate: float = 1e-3,
@@ -84,6 +98,8 @@ def compress_adapter(
         statistics: measured before; otherwise they are measured here.
         average: what weighs the same in the statistics, each token or each row (``sample``).
         share_init: where shared factors come from, see `lorapack.pack_adapter`.
+        store: how the factors are held in the result, after recovery: ``fp32``, ``bf16``, ``fp16``, ``int8`` or
+            ``int4`` (docs/store.md). None for the checkpoint's own type.
         recover_steps: at most so many steps of recovery; 0 for none.
         objective, learning_rate, batch_size: of the recovery.
         max_length: tokens a row; batch_tokens: tokens a batch outside the recovery.
@@ -102,17 +118,21 @@ def compress_adapter(
         check(plan, adapter)
     if statistics is not None:
         check_fits(statistics, adapter)
+    if store is not None and store not in STORES:
+        raise InputError(f"--store {store!r} is none of {', '.join(STORES)}")
     if budget is not None:
-        plan_budget(budget, adapter)
+        plan_budget(budget, adapter, store)
+    most = byte_budget(budget, adapter, store) if budget is not None and plan is None else None
     steps = Steps()
     if data is None:
         if eval_data is not None or retain is not None:
             raise InputError("--eval-data and --retain need --data")
         with steps.step("plan"):
-            plan = plan or plan_adapter(adapter, statistics, method, budget=budget, **options)
+            plan = plan or plan_adapter(adapter, statistics, method, budget=budget, store=store, **options)
         with steps.step("pack"):
-            smaller = pack_adapter(adapter, plan, statistics, None, share_init, seed)
-        facts = {"share_init": share_init, "seed": seed}
+            smaller = store_adapter(pack_adapter(adapter, plan, statistics, None, share_init, seed), store)
+        _check_bytes(smaller, most)
+        facts = {"share_init": share_init, "store": store, "seed": seed}
         return Compressed(smaller, _report(adapter, smaller, plan, name, base or "", facts, steps))
     with steps.step("load"):
         loaded = load(
@@ -129,7 +149,7 @@ def compress_adapter(
         )
     if statistics is not None:
         _check_unseen(statistics, prepared)
-    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
+    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch, store)
     with steps.step("measure"):
         if statistics is None:
             statistics = measure(job, _needed_by(plan, adapter) if plan else chosen.needs(options))
@@ -138,12 +158,13 @@ def compress_adapter(
         if plan is None and retain is not None:
             plan, search = smallest_plan(job, statistics, chosen, options, retain)
         elif plan is None:
-            plan = plan_adapter(adapter, statistics, method, budget=budget, **options)
+            plan = plan_adapter(adapter, statistics, method, budget=budget, store=store, **options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
     recovery = None
     with steps.step("recover"):
         if recover_steps and smaller.linear:
+            smaller = store_adapter(smaller, "fp32" if store else None)  # rounded once, at the end
             smaller, recovery = recover(
                 loaded,
                 adapter,
@@ -158,10 +179,15 @@ def compress_adapter(
                 seed=seed,
                 watch=lambda items, total: watch("recover", items, total),
             )
+    if store is not None:
+        with steps.step("store"):
+            smaller = store_adapter(smaller, store)
+    _check_bytes(smaller, most)
     with steps.step("evaluate"):
         quality = figures(job, prepared.evaluation, smaller)
     settings = {
         "share_init": share_init,
+        "store": store,
         "seed": seed,
         "retain": asdict(search) if search else None,
         "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
@@ -219,6 +245,11 @@ def _check_numbers(
         raise InputError(f"--retain {retain:.1%} is not between 0% and 100%")
     if retain is not None and budget is not None:
         raise InputError("--retain and --budget exclude each other")
+
+
+def _check_bytes(smaller: Adapter, most: float | None) -> None:
+    if most is not None and size(smaller).bytes > most:
+        raise InputError(f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}")
 
 
 def _needed_by(plan: Plan, adapter: Adapter) -> Metric:

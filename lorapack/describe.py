@@ -24,7 +24,9 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
                 "ranks": _range([f.rank for f in pool]),
                 "scales": _range([adapter.scale(m) for m in members]),
                 "shape": ", ".join(sorted({f"{f.shape[0]}x{f.shape[1]}" for f in pool})),
-                "dtype": ", ".join(sorted({str(f.A.dtype).removeprefix("torch.") for f in pool})),
+                "dtype": ", ".join(
+                    sorted({f.codes.store if f.codes else str(f.A.dtype).removeprefix("torch.") for f in pool})
+                ),
                 "parameters": sum(f.parameters for f in pool),
                 "bytes": sum(f.nbytes for f in pool),
             }

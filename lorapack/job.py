@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorapack.core.adapter import Adapter, digest, size
+from lorapack.core.codes import Store, bytes_of_atom
 from lorapack.core.plan import Metric, Plan
 from lorapack.core.report import Quality
 from lorapack.core.statistics import Statistics
@@ -18,9 +19,11 @@ from lorapack.measure.moments import Average, measure_inputs, measure_moments
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
+from lorapack.pack.store import store_adapter
 from lorapack.plan import METHODS, Method
 from lorapack.watch import Watch, unwatched
 
+UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 CLOSE = 1.03  # a search for the smallest size ends when two sizes are this near
 
 
@@ -32,7 +35,7 @@ class Job:
         adapter: the original.
         loaded: its base, in memory once.
         prepared: the data's parts.
-        average, share_init, seed, batch_tokens: see `lorapack.compress_adapter`.
+        average, share_init, seed, batch_tokens, store: see `lorapack.compress_adapter`.
         watch: sees the batches go by.
     """
 
@@ -44,6 +47,7 @@ class Job:
     seed: int = 0
     batch_tokens: int = 4096
     watch: Watch = unwatched
+    store: Store | None = None
 
     def batches(self, rows: Sequence[Encoded], logits: bool) -> list[Batch]:
         tokens = self.loaded.tokens_with_logits(self.batch_tokens) if logits else self.batch_tokens
@@ -106,20 +110,57 @@ def figures(job: Job, rows: Sequence[Encoded], compressed: Adapter, step: str = 
     return quality(found, job.loaded.reader.classes, job.seed)
 
 
-def plan_budget(budget: str, adapter: Adapter) -> int:
-    """A budget in parameters: ``"50%"`` of the adapter's linear factors, or a number of them.
+def plan_budget(budget: str, adapter: Adapter, store: Store | None = None) -> int:
+    """A budget in parameters of the linear factors.
+
+    Bytes (`byte_budget`) are turned into the parameters that surely fit, scales included.
+
+    Args:
+        budget: ``"50%"`` of the parameters (with a store: of the bytes), a number of parameters, or
+            bytes: ``"200KB"``.
+        adapter: the original.
+        store: how the result will be stored; None for the checkpoint's own type.
 
     Raises:
-        InputError: neither, or not above 0.
+        InputError: none of these, or not above 0.
     """
-    whole = size(adapter).parameters
-    try:
-        wanted = float(budget[:-1]) / 100 * whole if budget.endswith("%") else float(int(budget))
-    except ValueError:
-        raise InputError(f"--budget {budget!r} is neither a percentage like 50% nor a number of parameters") from None
+    limit = byte_budget(budget, adapter, store)
+    if limit is not None:
+        wanted = limit / max(_bytes_a_parameter(adapter, module, store) for module in adapter.linear)
+    else:
+        try:
+            whole = size(adapter).parameters
+            wanted = float(budget[:-1]) / 100 * whole if budget.endswith("%") else float(int(budget))
+        except ValueError:
+            raise InputError(
+                f"--budget {budget!r} is neither a percentage like 50% nor a number of parameters, nor bytes like 200KB"
+            ) from None
     if not 0 < wanted <= 1e18:
         raise InputError(f"--budget {budget!r} must be above 0")
     return int(wanted)
+
+
+def byte_budget(budget: str, adapter: Adapter, store: Store | None = None) -> float | None:
+    """The bytes that the linear factors may take; None for a budget in parameters.
+
+    ``"5000B"``, ``"200KB"``, ``"1.5MB"`` (1 KB = 1000 B), or, with a store, ``"5%"`` of the original's bytes.
+    """
+    unit = next((unit for unit in UNITS if budget.upper().endswith(unit)), "%" if store is not None else "")
+    if not unit or not budget.upper().endswith(unit):
+        return None
+    try:
+        number = float(budget[: -len(unit)])
+    except ValueError:
+        return None
+    return number / 100 * size(adapter).bytes if unit == "%" else number * UNITS[unit]
+
+
+def _bytes_a_parameter(adapter: Adapter, module: str, store: Store | None) -> float:
+    """At most, whatever the rank."""
+    factors = adapter.factors(module)
+    if store is None:
+        return max(factors.A.element_size(), factors.B.element_size())
+    return bytes_of_atom(store, sum(factors.shape)) / sum(factors.shape)
 
 
 def chosen_method(name: str, options: Mapping[str, Any]) -> Method:
@@ -140,6 +181,7 @@ def plan_adapter(
     method: str = "lora-drop",
     *,
     budget: str | None = None,
+    store: Store | None = None,
     **options: Any,
 ) -> Plan:
     """Plan with a method by its name.
@@ -148,7 +190,7 @@ def plan_adapter(
         adapter: to plan for.
         statistics: measured on it; None where the method needs none.
         method: a key of `lorapack.METHODS`.
-        budget: see `plan_budget`.
+        budget, store: see `plan_budget`.
         options: the method's own, for example ``threshold`` of lora-drop.
 
     Raises:
@@ -160,7 +202,7 @@ def plan_adapter(
         raise InputError("the statistics were measured on another adapter; measure this one")
     if statistics is None and chosen.needs(options) != "weight":
         raise InputError(f"{method} needs measurements: give --data, or --statistics from `lorapack measure`")
-    limit = plan_budget(budget, adapter) if budget is not None else None
+    limit = plan_budget(budget, adapter, store) if budget is not None else None
     return chosen.run(adapter, statistics, limit, options)
 
 
@@ -191,7 +233,7 @@ def smallest_plan(
         except InputError:  # too small for any plan
             return None
         smaller = packed(job, plan, statistics)
-        found = figures(job, job.prepared.selection, smaller, "search").retained
+        found = figures(job, job.prepared.selection, store_adapter(smaller, job.store), "search").retained
         if found is None or found.low is None:
             raise InputError(
                 "--retain: on the selection rows the original is not measurably better than the base; "

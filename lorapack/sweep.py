@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorapack.core.adapter import Adapter, size
+from lorapack.core.codes import Store
 from lorapack.core.report import Quality
 from lorapack.core.statistics import Statistics
 from lorapack.data.prepare import prepare
@@ -14,6 +15,7 @@ from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budg
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
+from lorapack.pack.store import store_adapter
 from lorapack.recover import recover
 from lorapack.watch import Watch, unwatched
 
@@ -73,6 +75,7 @@ def sweep_adapter(
     seed: int = 0,
     average: Average = "token",
     share_init: ShareInit = "closed",
+    store: Store | None = None,
     recover_steps: int = 0,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -89,14 +92,14 @@ def sweep_adapter(
         methods: names with options, see `parse_method`.
         budgets: see `lorapack.job.plan_budget`.
         recover_steps: of recovery after each; 0 for none.
-        eval_data, columns, sample, seed, average, share_init, batch_size, max_length, batch_tokens,
+        eval_data, columns, sample, seed, average, share_init, store, batch_size, max_length, batch_tokens,
             device, dtype, trust_remote_code, watch: see `lorapack.compress_adapter`.
 
     Raises:
         InputError: anything given that does not fit, in one line.
     """
     chosen = [(text, *parse_method(text)) for text in methods]
-    limits = [(budget, plan_budget(budget, adapter)) for budget in budgets]
+    limits = [(budget, plan_budget(budget, adapter, store)) for budget in budgets]
     loaded = load(adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code)
     prepared = prepare(
         loaded.reader,
@@ -123,10 +126,12 @@ def sweep_adapter(
                 continue
             smaller = packed(job, plan, statistics)
             if recover_steps:
+                smaller = store_adapter(smaller, "fp32" if store else None)
                 rows = (prepared.recovery, prepared.selection)
                 smaller, _ = recover(
                     loaded, adapter, smaller, *rows, steps=recover_steps, batch_size=batch_size, seed=seed
                 )
+            smaller = store_adapter(smaller, store)
             count = size(smaller).parameters
             quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")
             points.append(Point(text, budget, count, count / whole, quality))

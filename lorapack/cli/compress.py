@@ -29,6 +29,7 @@ from lorapack.cli import options
     show_default=True,
     help="Where a shared adapter starts: least squares, a copy of one layer, or anew.",
 )
+@options.STORE
 @click.option("--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none.")
 @click.option(
     "--objective", type=click.Choice(["kl", "task"]), default="kl", show_default=True, help="Of the recovery."

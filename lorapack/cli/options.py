@@ -80,7 +80,7 @@ AVERAGE = click.option(
 )
 METHOD = together(
     click.option("--method", default="lora-drop", show_default=True, help="How to choose what to keep."),
-    click.option("--budget", metavar="N|P%", help="Parameters allowed."),
+    click.option("--budget", metavar="N|P%|KB", help="Parameters allowed, or bytes: 5000B, 200KB, 1.5MB."),
     click.option("--threshold", type=float, help="lora-drop: the importance to keep, T.  [default: 0.9]"),
     click.option(
         "--metric", type=click.Choice(["weight", "output", "loss"]), help="rank: the error of a cut.  [default: loss]"
@@ -91,6 +91,11 @@ METHOD = together(
         help="rank: how modules share the budget.  [default: global]",
     ),
     click.option("--energy", type=float, help="rank, per-module: how much to keep.  [default: 0.99]"),
+)
+STORE = click.option(
+    "--store",
+    type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
+    help="How the factors are stored; --budget P% then is of the bytes.  [default: as in ADAPTER]",
 )
 METHOD_OPTIONS = ("threshold", "metric", "allocation", "energy")
 

@@ -13,6 +13,7 @@ from lorapack.cli import options
 @click.option("-o", "--out", default="plan.json", show_default=True, metavar="FILE", help="Where to write.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @options.METHOD
+@options.STORE
 @options.REVISION
 def plan(
     adapter: str,
@@ -21,6 +22,7 @@ def plan(
     overwrite: bool,
     method: str,
     budget: str | None,
+    store: Any,
     revision: str | None,
     **settings: Any,
 ) -> None:
@@ -39,7 +41,7 @@ def plan(
     source = read_adapter(adapter, revision)
     chosen = options.take_method_options(settings)
     statistics = read_statistics(statistics_file) if statistics_file else None
-    made = plan_adapter(source, statistics, method, budget=budget, **chosen)
+    made = plan_adapter(source, statistics, method, budget=budget, store=store, **chosen)
     write_plan(made, out, overwrite)
     print_plan(made, parameters(made, source), size(source).parameters)
     click.echo(f"Wrote {out}")

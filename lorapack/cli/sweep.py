@@ -26,9 +26,10 @@ from lorapack.cli import options
     multiple=True,
     default=("50%", "25%", "12.5%", "6%"),
     show_default=True,
-    metavar="N|P%",
-    help="Parameters allowed; can be given again.",
+    metavar="N|P%|KB",
+    help="Parameters or bytes allowed; can be given again.",
 )
+@options.STORE
 @click.option("--recover-steps", type=int, default=0, show_default=True, help="Steps of recovery after each.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery.")
 @click.option("--plot", metavar="FILE", help="Draw size against quality (.png, .svg, .pdf).")

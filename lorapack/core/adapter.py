@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lorapack.core.codes import Codes
 from lorapack.core.names import order
 from lorapack.errors import InputError
 
@@ -26,11 +27,13 @@ class Factors:
         A: (rank, d_in); for ``conv`` (rank, channels_in, height, width).
         B: (d_out, rank); for ``conv`` (channels_out, rank, 1, 1).
         kind: the layer it acts on. Only ``linear`` pairs are compressed, the others are carried.
+        codes: where it is stored in few bits, how; A and B are then exactly `Codes.values`.
     """
 
     A: Tensor
     B: Tensor
     kind: Kind = "linear"
+    codes: Codes | None = None
 
     @property
     def rank(self) -> int:
@@ -47,7 +50,16 @@ class Factors:
 
     @property
     def nbytes(self) -> int:
+        """As stored: of the codes and scales, where there are some."""
+        if self.codes is not None:
+            return self.codes.nbytes
         return self.A.numel() * self.A.element_size() + self.B.numel() * self.B.element_size()
+
+
+def decoded(codes: Codes) -> Factors:
+    """The linear pair that the codes stand for, in float32."""
+    a, b = codes.values()
+    return Factors(a, b, codes=codes)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lorapack.core.names import PREFIX
 from lorapack.read.compact import STEM, VERSION, manifest, unfold
 from lorapack.read.config import COMPACT_TYPE
+from lorapack.read.stored import unstored
 
 
 class _PeftType(str):
@@ -50,6 +51,12 @@ class LorapackConfig(LoraConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+
+    def to_dict(self) -> dict[str, Any]:
+        """For saving. PEFT saves the factors it holds, which are no codes any more."""
+        found = super().to_dict()
+        found["lorapack"] = {key: value for key, value in self.lorapack.items() if key != "stored"}
+        return found
 
     @property
     def shared(self) -> dict[str, list[str]]:
@@ -99,7 +106,10 @@ class LorapackModel(LoraModel):
 
 def unfolded(config: LorapackConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A compact checkpoint's tensors by PEFT's names, a group's under the name of each of its modules."""
-    plain, shared = unfold({"lorapack": config.lorapack}, tensors, "adapter_model.safetensors")
+    entry, where = {"lorapack": config.lorapack}, "adapter_model.safetensors"
+    found = manifest(entry, where)
+    floats, _ = unstored(found.stored, found.shared, tensors, where)
+    plain, shared = unfold(entry, floats, where)
     for group, modules in shared.items():
         for part in ("A", "B"):
             tensor = plain.pop(f"{group}.lora_{part}.weight")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Kind, Pointer
+from lorapack.core.codes import Codes
 from lorapack.core.names import PREFIX
 from lorapack.errors import InputError
-from lorapack.read.compact import unfold
+from lorapack.read.compact import manifest, unfold
 from lorapack.read.config import COMPACT_TYPE, LoraSettings, check_config
 from lorapack.read.files import read_bin, read_json, read_safetensors
+from lorapack.read.stored import unstored
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 REPORT = "report.json"
@@ -40,9 +43,14 @@ def read_adapter(directory: str | Path) -> Adapter:
     settings = check_config(config, str(directory / CONFIG))
     tensors, where = read_tensors(directory)
     shared: dict[str, list[str]] = {}
+    codes: dict[str, Codes] = {}
     if config["peft_type"] == COMPACT_TYPE:
+        entry = manifest(config, where)
+        tensors, codes = unstored(entry.stored, entry.shared, tensors, where)
         tensors, shared = unfold(config, tensors, where)
-    return from_tensors(config, settings, tensors, shared, where)
+    adapter = from_tensors(config, settings, tensors, shared, where)
+    pool = {name: replace(f, codes=codes.get(name)) for name, f in adapter.pool.items()}
+    return adapter.with_pool(pool, adapter.modules)
 
 
 def read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:

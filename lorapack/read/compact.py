@@ -30,6 +30,7 @@ class Manifest:
 
     version: int
     shared: dict[str, list[str]] = field(default_factory=dict)
+    stored: dict[str, dict[str, tuple[int, int, int]]] = field(default_factory=dict)  # see lorapack.read.stored
 
 
 def manifest(config: Mapping[str, Any], where: str) -> Manifest:

@@ -9,24 +9,30 @@ from lorapack.core.adapter import Adapter, Factors
 from lorapack.core.names import PREFIX
 from lorapack.read.compact import STEM, VERSION
 from lorapack.read.config import COMPACT_TYPE
+from lorapack.write.stored import stored_form
 
 
 def compact_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The smallest form: each distinct pair of factors once.
+    """The smallest form: each distinct pair of factors once, as it is stored.
 
-    Where nothing is shared this is plain PEFT, which every tool reads.
+    Where nothing is shared or stored in few bits this is plain PEFT, which every tool reads.
     """
     groups = adapter.groups
+    named = {p.factors if p.factors in groups else m: p.factors for m, p in adapter.modules.items()}
+    codes = {name: found for name, key in named.items() if (found := adapter.pool[key].codes)}
+    stored, packed = stored_form(codes)
     config = _config(adapter)
-    tensors = dict(adapter.carried)
-    if groups:
+    tensors = dict(adapter.carried) | packed
+    if groups or stored:
         config["peft_type"] = COMPACT_TYPE
         config["lorapack"] = {"version": VERSION, "shared": {name: groups[name] for name in sorted(groups)}}
+    if stored:
+        config["lorapack"]["stored"] = stored
     for name, factors in adapter.pool.items():
-        if name in groups:
+        if name in groups and not factors.codes:
             tensors |= {f"{STEM}{name}.A": factors.A, f"{STEM}{name}.B": factors.B}
     for module, pointer in adapter.modules.items():
-        if pointer.factors not in groups:
+        if pointer.factors not in groups and module not in codes:
             tensors |= _named(module, adapter.factors(module))
     return config, tensors
 

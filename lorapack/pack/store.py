@@ -1,0 +1,190 @@
+"""Store factors in fewer bytes (docs/store.md)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lorapack.core.adapter import Adapter, Factors, decoded
+from lorapack.core.codes import DTYPES, LOWEST, Coded, Codes, Store
+from lorapack.errors import InputError
+from lorapack.pack.truncate import atoms, balanced
+
+SWEEPS = 4  # of re-rounding; the error has settled by then
+CLIPS = 40  # scales tried an atom, from the largest number down to a fifth of it
+
+
+def store_adapter(adapter: Adapter, store: Store | None) -> Adapter:
+    """The adapter with its linear factors held in another form; what is carried stays as it is.
+
+    Args:
+        adapter: unchanged.
+        store: ``fp32``, ``bf16`` and ``fp16`` round to the nearest; ``int8`` and ``int4`` as `quantised`; None
+            leaves everything as it is.
+
+    Raises:
+        InputError: a number too large for fp16; names the factors.
+    """
+
+    if store is None:
+        return adapter
+
+    def stored(name: str, factors: Factors) -> Factors:
+        if factors.kind != "linear" or (factors.codes is not None and factors.codes.store == store):
+            return factors
+        if store == "int8" or store == "int4":
+            return quantised(factors, store)
+        return _cast(name, factors, DTYPES[store])
+
+    return replace(adapter, pool={name: stored(name, factors) for name, factors in adapter.pool.items()})
+
+
+def _cast(name: str, factors: Factors, dtype: torch.dtype) -> Factors:
+    a, b = factors.A, factors.B
+    if dtype == torch.float16 and factors.A.dtype != dtype:  # of small range: let B and A share it
+        b, a = balanced(b.double(), a.double())
+    a, b = a.to(dtype), b.to(dtype)
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise InputError(f"--store: the factors of {name} are too large for {dtype}; use bf16 or fp32")
+    return Factors(a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Rows of whole numbers, each row with its scale.
+
+    Attributes:
+        codes: (n, d) float64, whole numbers from `lowest` to ``-lowest - 1``.
+        scales: (n, 1) float64, numbers that bfloat16 holds exactly.
+        lowest: the lowest code.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    lowest: int
+
+    @property
+    def values(self) -> Tensor:
+        return self.codes * self.scales
+
+
+def quantised(factors: Factors, store: Coded) -> Factors:
+    """A and B as whole numbers, with a scale for each row of A and each column of B.
+
+    1. The product is rewritten in atoms of equal length (`levelled`): the error of rounding is then least.
+    2. Every row of A and column of B gets the scale of the least squared error (`on_grid`).
+    3. In turns, B's codes are rounded again so that they make up for A's error, and A's for B's
+       (`rerounded`). The error ||BA - B'A'||_F never rises.
+
+    Args:
+        factors: A (r, d_in), B (d_out, r), any float dtype; computed in float64.
+        store: ``int8`` or ``int4``.
+
+    Returns:
+        Factors with codes, A and B in float32 as reading gives them.
+    """
+    target_b, target_a = levelled(factors)
+    a, b = on_grid(target_a, LOWEST[store]), on_grid(target_b.T, LOWEST[store])
+    for _ in range(SWEEPS):
+        b = rerounded(b, target_a, target_b, a.values)
+        a = rerounded(a, target_b.T, target_a.T, b.values)
+    numbers = a.codes.to(torch.int8), b.codes.T.contiguous().to(torch.int8)
+    return decoded(Codes(store, *numbers, torch.cat([a.scales, b.scales], dim=1).to(torch.bfloat16)))
+
+
+def levelled(factors: Factors) -> tuple[Tensor, Tensor]:
+    """The same product in atoms that are all equally long.
+
+    Rounding to a scale an atom costs about ``sum_i |b_i|^2 |a_i|^2``. Over all ways to write the
+    product that is least, ``(sum_i s_i)^2 / r`` for singular values s, where ``B^T B = A A^T`` has a
+    constant diagonal. From the SVD, whose diagonal is s, r - 1 plane rotations lead there: each turns
+    an atom that is too long and one that is too short until one of them has the mean length.
+
+    Args:
+        factors: A (r, d_in), B (d_out, r).
+
+    Returns:
+        B (d_out, r) and A (r, d_in), float64, with equal column and row lengths.
+    """
+    b, a, shares = atoms(factors, "weight")
+    b, a = balanced(b, a)
+    r = shares.shape[0]
+    if missing := factors.rank - r:  # a rank above a dimension
+        b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
+        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
+    gram = (a @ a.T + (a @ a.T).T) / 2
+    turn = torch.eye(factors.rank, dtype=torch.float64)
+    mean = float(gram.diagonal().mean())
+    for _ in range(factors.rank - 1):
+        length = gram.diagonal()
+        i, j = int(length.argmax()), int(length.argmin())
+        high, low, both = float(length[i]), float(length[j]), float(gram[i, j])
+        if high - low <= 1e-12 * mean:
+            break
+        # turned by an angle of tangent t, atom i has the length (high + 2 t both + t^2 low) / (1 + t^2)
+        root = (both * both + (high - mean) * (mean - low)) ** 0.5
+        t = (high - mean) / (root - both) if both < 0 else (mean - high) / (root + both)
+        cos = (1 + t * t) ** -0.5
+        rotation = torch.eye(factors.rank, dtype=torch.float64)
+        rotation[i, i] = rotation[j, j] = cos
+        rotation[i, j], rotation[j, i] = cos * t, -cos * t
+        gram, turn = rotation @ gram @ rotation.T, rotation @ turn
+    return b @ turn.T, turn @ a
+
+
+def on_grid(rows: Tensor, lowest: int) -> Grid:
+    """Each row rounded to the scale of the least squared error, of both signs, among `CLIPS` that clip more and more.
+
+    Args:
+        rows: (n, d) float64.
+        lowest: the lowest code.
+    """
+    most = rows.abs().amax(dim=1, keepdim=True)
+    best = Grid(torch.zeros_like(rows), torch.zeros_like(most), lowest)
+    least = rows.square().sum(dim=1, keepdim=True)
+    for clip in torch.linspace(1.0, 0.2, CLIPS).tolist():
+        for sign in (1, -1):
+            scales = (most * clip / (sign * lowest)).bfloat16().double()
+            codes = nearest(rows, scales, lowest)
+            error = (codes * scales - rows).square().sum(dim=1, keepdim=True)
+            better = error < least
+            least = torch.where(better, error, least)
+            best = Grid(torch.where(better, codes, best.codes), torch.where(better, scales, best.scales), lowest)
+    return best
+
+
+def nearest(rows: Tensor, scales: Tensor, lowest: int) -> Tensor:
+    """The codes nearest to the rows; 0 where the scale is 0."""
+    safe = torch.where(scales != 0, scales, torch.ones_like(scales))
+    return torch.where(scales != 0, (rows / safe).round().clamp(lowest, -lowest - 1), torch.zeros_like(rows))
+
+
+def rerounded(grid: Grid, other: Tensor, target: Tensor, partner: Tensor) -> Grid:
+    """One sweep of coordinate descent over the atoms, the partner fixed.
+
+    With X = grid.values^T (m, r) and P = partner (r, d), the least ||target @ other - X P||_F^2: atom by
+    atom the best code given all others, ``x_i - ((X P - T) p_i) / |p_i|^2`` rounded, then the best scale.
+
+    Args:
+        grid: (r, m), what is rounded again: B^T, or A.
+        other, target: the product aimed at is ``target @ other``, (m, r) @ (r, d).
+        partner: (r, d), the rounded factor on the other side.
+    """
+    gram = partner @ partner.T
+    wanted = (target @ (other @ partner.T)).T  # (r, m): <T, p_i>
+    codes, scales = grid.codes.clone(), grid.scales.clone()
+    values = grid.values
+    for i in range(codes.shape[0]):
+        if scales[i] == 0 or gram[i, i] <= 0:
+            continue
+        # what atom i should be, were it free
+        free = values[i] + (wanted[i] - gram[i] @ values) / gram[i, i]
+        codes[i] = nearest(free, scales[i], grid.lowest)
+        length = codes[i] @ codes[i]
+        if length > 0:
+            fitted = ((codes[i] @ free) / length).bfloat16().double()
+            closer = (fitted * codes[i] - free).square().sum() < (scales[i] * codes[i] - free).square().sum()
+            if closer:
+                scales[i] = fitted
+        values[i] = codes[i] * scales[i]
+    return Grid(codes, scales, grid.lowest)
