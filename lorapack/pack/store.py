@@ -107,12 +107,12 @@ def levelled(factors: Factors) -> tuple[Tensor, Tensor]:
         B (d_out, r) and A (r, d_in), float64, with equal column and row lengths.
     """
     b, a, shares = atoms(factors, "weight")
-    b, a = balanced(b, a)
-    r = shares.shape[0]
-    if missing := factors.rank - r:  # a rank above a dimension
+    half = shares**0.25
+    b, a = b / torch.where(half > 0, half, 1.0), a * half[:, None]
+    if missing := factors.rank - shares.shape[0]:  # a rank above a dimension
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-    gram = (a @ a.T + (a @ a.T).T) / 2
+    gram = torch.diag(a.square().sum(dim=1))
     turn = torch.eye(factors.rank, dtype=torch.float64)
     mean = float(gram.diagonal().mean())
     for _ in range(factors.rank - 1):

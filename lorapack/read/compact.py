@@ -6,7 +6,8 @@
 
 A group's factors are the tensors ``lorapack.<group>.A`` and ``lorapack.<group>.B``: names no engine
 takes for a LoRA weight. Ranks and scales of the modules stand in ``rank_pattern`` and
-``alpha_pattern``, as for any other module.
+``alpha_pattern``, as for any other module. Pairs that are stored in few bits are made float32 before
+(`lorapack.read.stored`).
 """
 
 from collections import Counter

@@ -57,7 +57,7 @@ def _loading(adapter: Adapter, report: Report) -> list[str]:
     ]
     if compact:
         lines += [
-            "Without lorapack, PEFT refuses it rather than loading the shared layers as zeros;",
+            "Without lorapack, PEFT refuses it rather than loading a part of it;",
             "`lorapack expand DIR -o OUT` writes a plain PEFT adapter.",
             "",
         ]
