@@ -66,19 +66,26 @@ def test_levelled_atoms_are_the_same_product_in_equal_lengths_at_the_least_cost(
     assert float(cost) == pytest.approx(float(singular.sum() ** 2 / f.rank), rel=1e-3, abs=1e-8)
 
 
-@given(st.integers(0, 1000), st.integers(8, 40), st.sampled_from(sorted(LOWEST)))
-def test_a_row_gets_codes_in_range_and_no_other_scale_is_much_better(seed, length, store):
+@settings(deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 40), st.sampled_from(sorted(LOWEST)))
+def test_a_row_gets_the_nearest_codes_in_range_and_clipping_never_hurts(seed, length, store):
     rows = torch.randn(3, length, generator=torch.Generator().manual_seed(seed)).double()
     found = on_grid(rows, LOWEST[store])
     assert found.codes.min() >= LOWEST[store] and found.codes.max() <= -LOWEST[store] - 1
     assert torch.equal(found.scales, found.scales.bfloat16().double())
     assert torch.equal(found.codes, nearest(rows, found.scales, LOWEST[store]))
-    for row, scale, codes in zip(rows, found.scales, found.codes, strict=True):
-        tried = torch.linspace(0.15, 1.05, 400).double() * row.abs().max() / -LOWEST[store]
-        tried = torch.cat([tried, -tried])[:, None]
-        naive = ((nearest(row[None], tried, LOWEST[store]) * tried - row) ** 2).sum(1).min()
-        # the scale is one of few, and has eight bits
-        assert ((codes * scale - row) ** 2).sum() <= 1.5 * naive + 4e-3**2 * row.square().sum()
+    for sign in (1, -1):
+        whole = (rows.abs().amax(1, keepdim=True) / (sign * LOWEST[store])).bfloat16().double()
+        unclipped = nearest(rows, whole, LOWEST[store]) * whole
+        assert ((found.values - rows).square().sum(1) <= (unclipped - rows).square().sum(1) + 1e-12).all()
+
+
+def test_no_scale_of_a_finer_search_is_much_better():
+    rows = torch.randn(4, 500, generator=torch.Generator().manual_seed(0)).double()
+    found = (on_grid(rows, -8).values - rows).square().sum(1)
+    tried = torch.linspace(-1.1, 1.1, 1001).double() * float(rows.abs().max()) / 8
+    naive = torch.stack([(nearest(rows, s.expand(4, 1), -8) * s - rows).square().sum(1) for s in tried]).amin(0)
+    assert (found <= 1.03 * naive).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -355,8 +362,9 @@ def test_damage_is_refused_by_name(damage, stored, tmp_path):
     with pytest.raises(InputError, match=re.escape(DAMAGE[damage])) as refusal:
         read_adapter(tmp_path / "damaged")
     assert "\n" not in str(refusal.value)
-    with pytest.raises((InputError, RuntimeError, ValueError)):
-        by_peft(tmp_path / "damaged")
+    if damage is not a_module_that_is_not_targeted:  # PEFT warns of a target without tensors
+        with pytest.raises((InputError, RuntimeError, ValueError)):
+            by_peft(tmp_path / "damaged")
 
 
 def test_the_unused_half_of_the_last_byte_is_a_zero(tmp_path):
