@@ -71,6 +71,14 @@ def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | Non
     return Factors(a.to(factors.A.dtype), b.to(factors.B.dtype)), error
 
 
+def canonical(factors: Factors) -> Factors:
+    """The same update in a basis that the update alone determines: its singular vectors, balanced.
+
+    The atoms' signs are free, and where singular values are equal their order; nothing else is.
+    """
+    return truncate(factors, factors.rank, "weight")[0] if factors.kind == "linear" else factors
+
+
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Move length between b's columns and a's rows until they are equal: one dtype suits both."""
     columns, rows = b.norm(dim=0), a.norm(dim=1)

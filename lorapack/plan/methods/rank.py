@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Metric, Plan
-from lorapack.core.statistics import Statistics, check_fits
+from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms
 from lorapack.plan.allocate import by_share, by_value, uniformly
@@ -72,16 +72,15 @@ def plan(
     return Plan("rank", options, choices, adapter=digest(adapter), metric=metric)
 
 
-def needs(options: Mapping[str, Any]) -> Metric:
-    found: Metric = options.get("metric", "loss")
-    return found
+def needs(options: Mapping[str, Any]) -> Need:
+    return NEEDED[options.get("metric", "loss")]
 
 
 def _values(adapter: Adapter, statistics: Statistics | None, module: str, metric: Metric) -> list[float]:
     """The squared errors that the module's atoms cause when they are left out, per token, the largest first."""
     moments = statistics.modules[module] if statistics is not None else None
     if metric == "loss" and (moments is None or moments.backward is None):
-        raise InputError("--metric loss needs backward moments: measure with --loss")
+        raise InputError("--metric loss needs backward moments: `lorapack measure --method rank`")
     shares = atoms(adapter.factors(module), metric, moments)[2]
     # u = dloss/dh lies before B and the scale and so contains both; the other metrics see B A alone
     scale = 1.0 if metric == "loss" else adapter.scale(module)
