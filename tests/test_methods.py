@@ -105,7 +105,7 @@ def test_a_method_says_what_it_lacks(measured, name):
         plan_adapter(adapter, None, name, budget="50%")
     poor = dataclasses.replace(
         statistics,
-        modules={m: dataclasses.replace(s, backward=None, taylor_a=None, taylor_b=None, triplets=None, omega=None)
+        modules={m: dataclasses.replace(s, backward=None, fisher_backward=None, taylor_a=None, taylor_b=None, triplets=None, omega=None)
                  for m, s in statistics.modules.items()},
     )  # fmt: skip
     if METHODS[name].needs({}) != "forward":

@@ -14,7 +14,7 @@ from lorapack.core.statistics import Moments, Statistics
 from lorapack.errors import InputError
 from lorapack.pack.pack import group_bases, pack_adapter
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import truncate
+from lorapack.pack.truncate import atoms, truncate
 
 METRICS = ("weight", "output", "loss")
 seeds = st.integers(0, 10**6)
@@ -61,6 +61,20 @@ def moments(factors, x, g):
 def seen(update, metric, x, g):
     """What an update does as far as the metric looks: all of it, its outputs, or those times every g."""
     return {"weight": update, "output": update @ x.T, "loss": g @ update @ x.T}[metric]
+
+
+@given(pairs())
+def test_the_fisher_metric_is_the_kronecker_product_of_its_two_sides(pair):
+    """Its atoms are those of `loss` for the same two matrices, the shares in units of the product's trace."""
+    factors, x, g = pair
+    plain = moments(factors, x, g)
+    both = Moments(plain.forward, None, None, plain.forward, plain.backward)
+    total = float((factors.A @ factors.A.T * plain.backward).sum())
+    b, a, shares = atoms(factors, "loss", plain)
+    c, d, found = atoms(factors, "fisher", both)
+    scale = float(shares.sum()) / (total or 1)
+    assert (found * (total or 1)).tolist() == pytest.approx(shares.tolist(), rel=1e-6, abs=1e-9 * scale * (total or 1))
+    assert float((b @ a - c @ d).abs().max()) <= 1e-7 * (1 + float((b @ a).abs().max())) if len(a) else len(d) == 0
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -11,7 +11,7 @@ from lorapack.core.adapter import Adapter
 from lorapack.errors import InputError
 
 VERSION = 1
-Metric = Literal["weight", "output", "loss"]
+Metric = Literal["weight", "output", "loss", "fisher"]
 Action = Literal["keep", "grow", "share", "drop"]
 
 

@@ -25,10 +25,26 @@ VERSION = 1
 Need = Literal["nothing", "forward", "backward", "gradients", "omega"]
 """What a plan wants measured: the forward moments; the backward ones as well; besides, the gradients of the
 factors; besides the moments, the learnt weights of whole modules."""
-NEEDED: dict[Metric, Need] = {"weight": "nothing", "output": "forward", "loss": "backward"}
+NEEDED: dict[Metric, Need] = {
+    "weight": "nothing",
+    "output": "forward",
+    "loss": "backward",
+    "fisher": "backward",
+}
 """What a metric needs."""
-PARTS = ("forward", "backward", "cross", "taylor_a", "taylor_b", "triplets", "omega")
-_SQUARE = ("forward", "backward", "cross")
+PARTS = (
+    "forward",
+    "backward",
+    "cross",
+    "fisher_forward",
+    "fisher_backward",
+    "taylor_a",
+    "taylor_b",
+    "triplets",
+    "omega",
+)
+_SQUARE = PARTS[:5]
+_SUMS = PARTS[1:7]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +56,9 @@ class Moments:
         backward: (r, r) sum of ``w u u^T`` with ``u = dloss/dh``.
         cross: (r, r) sum of ``w u h^T``. Its trace is the loss's derivative by the module's output
             scale.
+        fisher_forward, fisher_backward: (r, r) sums over rows, of ``w D^T (A A^T) D`` and
+            ``w D (B^T B) D^T`` with the row's ``D = sum u h^T``, and over tokens, the same of each
+            token's ``u h^T``: the two sides of the Kronecker-factored Fisher matrix of the update.
         taylor_a, taylor_b: (r, d_in) and (d_out, r), sums of ``theta * dloss/dtheta`` for the
             elements of the `canonical` factors.
         triplets: (r,) AdaLoRA's importance of each singular triplet, the largest singular value first.
@@ -50,6 +69,8 @@ class Moments:
     forward: Tensor
     backward: Tensor | None = None
     cross: Tensor | None = None
+    fisher_forward: Tensor | None = None
+    fisher_backward: Tensor | None = None
     taylor_a: Tensor | None = None
     taylor_b: Tensor | None = None
     triplets: Tensor | None = None
@@ -109,10 +130,7 @@ def add(first: Statistics, second: Statistics) -> Statistics:
         modules={
             name: Moments(
                 a.forward + second.modules[name].forward,
-                total(a.backward, second.modules[name].backward),
-                total(a.cross, second.modules[name].cross),
-                total(a.taylor_a, second.modules[name].taylor_a),
-                total(a.taylor_b, second.modules[name].taylor_b),
+                **{part: total(getattr(a, part), getattr(second.modules[name], part)) for part in _SUMS},
             )
             for name, a in first.modules.items()
         },

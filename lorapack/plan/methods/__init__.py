@@ -5,6 +5,7 @@ from importlib import import_module
 from lorapack.plan.method import Method
 
 NAMES = (
+    "adaptive",
     "lora-drop",
     "rank",
     "weightlora",
