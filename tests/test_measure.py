@@ -183,16 +183,17 @@ def test_the_fisher_sides_are_sums_over_rows_and_over_tokens(case, average):
     seen = derivatives_seen(case, case.adapter.linear)
     for m, moments in found.modules.items():
         a, b = (t.double() for t in (case.adapter.factors(m).A, case.adapter.factors(m).B))
-        forward = backward = 0
+        sums = dict.fromkeys(("row_forward", "row_backward", "token_forward", "token_backward"), 0)
         for h, u in seen[m]:
             weight = 1 if average == "token" or len(h) == 1 else 1 / len(h)
             each = [torch.outer(d, x) for x, d in zip(h, u, strict=True)]
-            for product in [*each, sum(each)]:
-                forward = forward + weight * product.T @ a @ a.T @ product
-                backward = backward + weight * product @ b.T @ b @ product.T
-        same(moments.fisher_forward, forward, 1e-5)
-        same(moments.fisher_backward, backward, 1e-5)
-        assert backward.any()
+            for kind, products in (("token", each), ("row", [sum(each)])):
+                for product in products:
+                    sums[f"{kind}_forward"] += weight * product.T @ a @ a.T @ product
+                    sums[f"{kind}_backward"] += weight * product @ b.T @ b @ product.T
+        for part, value in sums.items():
+            same(getattr(moments, part), value, 1e-5)
+            assert value.any()
 
 
 def test_measuring_with_the_loss_gives_the_same_forward_moments_and_leaves_no_gradient(case):

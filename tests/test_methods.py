@@ -12,7 +12,7 @@ from support import FIXTURES, attached, llama
 
 from lorapack.core.adapter import Factors, Pointer, digest, size
 from lorapack.core.plan import Choice, Plan, check, parameters
-from lorapack.core.statistics import add, from_tensors, to_tensors
+from lorapack.core.statistics import PARTS, add, from_tensors, to_tensors
 from lorapack.data.batches import training_batches
 from lorapack.data.encode import Encoded
 from lorapack.data.prepare import Prepared
@@ -103,11 +103,9 @@ def test_a_method_says_what_it_lacks(measured, name):
         pytest.skip("it needs nothing")
     with pytest.raises(InputError, match=f"{name} needs measurements"):
         plan_adapter(adapter, None, name, budget="50%")
-    poor = dataclasses.replace(
-        statistics,
-        modules={m: dataclasses.replace(s, backward=None, fisher_backward=None, taylor_a=None, taylor_b=None, triplets=None, omega=None)
-                 for m, s in statistics.modules.items()},
-    )  # fmt: skip
+    nothing = dict.fromkeys(PARTS[1:])
+    modules = {m: dataclasses.replace(s, **nothing) for m, s in statistics.modules.items()}
+    poor = dataclasses.replace(statistics, modules=modules)
     if METHODS[name].needs({}) != "forward":
         with pytest.raises(InputError, match=f"lorapack measure --method {name}|lorapack measure --method rank"):
             plan_adapter(adapter, poor, name, budget="50%")

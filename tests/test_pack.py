@@ -64,17 +64,21 @@ def seen(update, metric, x, g):
 
 
 @given(pairs())
-def test_the_fisher_metric_is_the_kronecker_product_of_its_two_sides(pair):
-    """Its atoms are those of `loss` for the same two matrices, the shares in units of the product's trace."""
+def test_the_fisher_metric_is_a_kronecker_product_of_two_means(pair):
+    """Its atoms are those of `loss` for the means of the two sides, each in units of its own trace."""
     factors, x, g = pair
-    plain = moments(factors, x, g)
-    both = Moments(plain.forward, None, None, plain.forward, plain.backward)
-    total = float((factors.A @ factors.A.T * plain.backward).sum())
-    b, a, shares = atoms(factors, "loss", plain)
+    one, two = moments(factors, x, g), moments(factors, x[::2], g[::2])
+    both = Moments(one.forward, None, None, one.forward, one.backward, two.forward, two.backward)
+    inside = factors.A @ factors.A.T
+    first, second = (float((inside * m.backward).sum()) or 1.0 for m in (one, two))
+    mean = Moments(
+        (one.forward / first + two.forward / second) / 2,
+        (one.backward / first + two.backward / second) * (first + second) / 4,
+    )
+    b, a, shares = atoms(factors, "loss", mean)
     c, d, found = atoms(factors, "fisher", both)
-    scale = float(shares.sum()) / (total or 1)
-    assert (found * (total or 1)).tolist() == pytest.approx(shares.tolist(), rel=1e-6, abs=1e-9 * scale * (total or 1))
-    assert float((b @ a - c @ d).abs().max()) <= 1e-7 * (1 + float((b @ a).abs().max())) if len(a) else len(d) == 0
+    assert found.tolist() == pytest.approx(shares.tolist(), rel=1e-9, abs=1e-12 * float(shares.sum()))
+    assert torch.allclose(b @ a, c @ d, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("metric", METRICS)

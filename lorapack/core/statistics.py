@@ -32,19 +32,9 @@ NEEDED: dict[Metric, Need] = {
     "fisher": "backward",
 }
 """What a metric needs."""
-PARTS = (
-    "forward",
-    "backward",
-    "cross",
-    "fisher_forward",
-    "fisher_backward",
-    "taylor_a",
-    "taylor_b",
-    "triplets",
-    "omega",
-)
-_SQUARE = PARTS[:5]
-_SUMS = PARTS[1:7]
+_SQUARE = ("forward", "backward", "cross", "row_forward", "row_backward", "token_forward", "token_backward")
+_SUMS = (*_SQUARE, "taylor_a", "taylor_b")
+PARTS = (*_SUMS, "triplets", "omega")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +46,10 @@ class Moments:
         backward: (r, r) sum of ``w u u^T`` with ``u = dloss/dh``.
         cross: (r, r) sum of ``w u h^T``. Its trace is the loss's derivative by the module's output
             scale.
-        fisher_forward, fisher_backward: (r, r) sums over rows, of ``w D^T (A A^T) D`` and
-            ``w D (B^T B) D^T`` with the row's ``D = sum u h^T``, and over tokens, the same of each
-            token's ``u h^T``: the two sides of the Kronecker-factored Fisher matrix of the update.
+        row_forward, row_backward: (r, r) sums over rows of ``w D^T (A A^T) D`` and
+            ``w D (B^T B) D^T`` with the row's ``D = sum u h^T``: the two sides of the
+            Kronecker-factored Fisher matrix of the update.
+        token_forward, token_backward: the same with each token's ``D = u h^T``, summed over tokens.
         taylor_a, taylor_b: (r, d_in) and (d_out, r), sums of ``theta * dloss/dtheta`` for the
             elements of the `canonical` factors.
         triplets: (r,) AdaLoRA's importance of each singular triplet, the largest singular value first.
@@ -69,8 +60,10 @@ class Moments:
     forward: Tensor
     backward: Tensor | None = None
     cross: Tensor | None = None
-    fisher_forward: Tensor | None = None
-    fisher_backward: Tensor | None = None
+    row_forward: Tensor | None = None
+    row_backward: Tensor | None = None
+    token_forward: Tensor | None = None
+    token_backward: Tensor | None = None
     taylor_a: Tensor | None = None
     taylor_b: Tensor | None = None
     triplets: Tensor | None = None
@@ -130,7 +123,7 @@ def add(first: Statistics, second: Statistics) -> Statistics:
         modules={
             name: Moments(
                 a.forward + second.modules[name].forward,
-                **{part: total(getattr(a, part), getattr(second.modules[name], part)) for part in _SUMS},
+                **{part: total(getattr(a, part), getattr(second.modules[name], part)) for part in _SUMS[1:]},
             )
             for name, a in first.modules.items()
         },

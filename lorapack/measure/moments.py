@@ -85,9 +85,11 @@ def measure_moments(
     weights = _Weights()
     weight = tokens = samples = 0.0
 
-    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
-        product = (left * each).T @ right
+    def sum_up(module: str, part: str, product: Tensor) -> None:
         sums[module][part] = product if part not in sums[module] else sums[module][part] + product
+
+    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
+        sum_up(module, part, (left * each).T @ right)
 
     def gram(module: str) -> tuple[Tensor, Tensor]:
         """A A^T and B^T B."""
@@ -108,11 +110,11 @@ def measure_moments(
                     add(module, "backward", found, found, each)
                     add(module, "cross", found, seen, each)
                     inside_a, inside_b = gram(module)
-                    add(module, "fisher_forward", seen, seen, each * ((found @ inside_a) * found).sum(1, True))
-                    add(module, "fisher_backward", found, found, each * ((seen @ inside_b) * seen).sum(1, True))
+                    add(module, "token_forward", seen, seen, each * ((found @ inside_a) * found).sum(1, True))
+                    add(module, "token_backward", found, found, each * ((seen @ inside_b) * seen).sum(1, True))
                     rows, of_row = weights.by_row(u, h)
-                    sums[module]["fisher_forward"] += (of_row * (rows.mT @ inside_a @ rows)).sum(0)
-                    sums[module]["fisher_backward"] += (of_row * (rows @ inside_b @ rows.mT)).sum(0)
+                    sum_up(module, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
+                    sum_up(module, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
 
                 h.register_hook(backward)  # type: ignore[no-untyped-call]
 

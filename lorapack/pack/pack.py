@@ -105,7 +105,7 @@ def best_metric(statistics: Statistics | None) -> Metric:
     """The metric that the statistics allow: ``fisher``, else ``loss``, ``output``, ``weight``."""
     if statistics is None:
         return "weight"
-    if all(m.fisher_backward is not None for m in statistics.modules.values()):
+    if all(m.row_backward is not None for m in statistics.modules.values()):
         return "fisher"
     return "loss" if all(m.backward is not None for m in statistics.modules.values()) else "output"
 

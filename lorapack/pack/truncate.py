@@ -21,7 +21,8 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
     - ``fisher``: least expected square of what the cut does to a row's loss, to first order,
       E[(sum over the row's tokens of u^T (h - h'))^2], the Fisher matrix taken as a Kronecker
       product. As in ``loss``, with G and M that know which tokens have a large h and a large u at
-      once, and that a row's tokens add up.
+      once, and that a row's tokens add up; this is few rows' noise, so it is averaged with what it
+      were if they did not.
 
     Args:
         factors: A (r, d_in), B (d_out, r), any float dtype; computed in float64.
@@ -46,9 +47,13 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
         return qb @ u * s, vt @ qa.T, s**2
     assert moments is not None
     if metric == "fisher":
-        assert moments.fisher_forward is not None and moments.fisher_backward is not None
-        total = float(((a @ a.T) * moments.fisher_backward).sum())
-        return _kronecker(a, b, moments.fisher_forward, moments.fisher_backward / (total or 1.0))
+        assert moments.row_forward is not None and moments.row_backward is not None
+        assert moments.token_forward is not None and moments.token_backward is not None
+        inside = a @ a.T
+        of_row, of_token = (float((inside * m).sum()) or 1.0 for m in (moments.row_backward, moments.token_backward))
+        forward = (moments.row_forward / of_row + moments.token_forward / of_token) / 2
+        backward = (moments.row_backward / of_row + moments.token_backward / of_token) / 2
+        return _kronecker(a, b, forward, backward * (of_row + of_token) / 2)
     left, left_inverse = root(moments.forward)
     if metric == "output":
         u, s, vt = torch.linalg.svd(b @ left, full_matrices=False)

@@ -41,7 +41,7 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None)
     values: dict[str, list[float]] = {}
     for m in adapter.linear:
         moments = statistics.modules[m]
-        if moments.fisher_backward is None:
+        if moments.row_backward is None:
             raise InputError("adaptive needs backward moments: `lorapack measure --method adaptive`, or give --data")
         values[m] = atoms(adapter.factors(m), "fisher", moments)[2].tolist()
     costs = {m: sum(adapter.factors(m).shape) for m in adapter.linear}

@@ -79,7 +79,7 @@ def needs(options: Mapping[str, Any]) -> Need:
 def _values(adapter: Adapter, statistics: Statistics | None, module: str, metric: Metric) -> list[float]:
     """The squared errors that the module's atoms cause when they are left out, per token, the largest first."""
     moments = statistics.modules[module] if statistics is not None else None
-    lacking = moments is None or moments.backward is None or (metric == "fisher" and moments.fisher_backward is None)
+    lacking = moments is None or moments.backward is None or (metric == "fisher" and moments.row_backward is None)
     if metric in ("loss", "fisher") and lacking:
         raise InputError(f"--metric {metric} needs backward moments: `lorapack measure --method rank`")
     shares = atoms(adapter.factors(module), metric, moments)[2]
