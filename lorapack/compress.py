@@ -19,11 +19,13 @@ from lorapack.job import Job, Search, chosen_method, figures, measure, packed, p
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
+from lorapack.plan import DEFAULT
 from lorapack.recover import recover
 from lorapack.recover.recover import Objective
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
 
+RETAIN = 0.99
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -45,7 +47,7 @@ def compress_adapter(
     columns: Mapping[str, str] | None = None,
     sample: str = SAMPLE,
     seed: int = 0,
-    method: str = "lora-drop",
+    method: str = DEFAULT,
     budget: str | None = None,
     retain: float | None = None,
     options: Mapping[str, Any] | None = None,
@@ -79,7 +81,8 @@ def compress_adapter(
         seed: of everything that is random.
         method, budget, options: see `lorapack.plan_adapter`.
         retain: instead of a budget, the share of the gain to keep: the smallest size whose lower
-            bound is above it on the selection rows, before recovery.
+            bound is above it on the selection rows, before recovery. `RETAIN` where the default
+            method gets neither.
         plan: a plan to carry out instead.
         statistics: measured before; otherwise they are measured here.
         average: what weighs the same in the statistics, each token or each row (``sample``).
@@ -94,6 +97,8 @@ def compress_adapter(
         InputError: anything given that does not fit, in one line.
     """
     chosen, options = chosen_method(method, options or {})
+    if method == DEFAULT and data is not None and plan is None and budget is None and retain is None:
+        retain = RETAIN
     _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")

@@ -19,7 +19,7 @@ from lorapack.measure.moments import Average, measure_inputs
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
-from lorapack.plan import METHODS, Method
+from lorapack.plan import DEFAULT, METHODS, Method
 from lorapack.watch import Watch, unwatched
 
 CLOSE = 1.03  # a search for the smallest size ends when two sizes are this near
@@ -134,7 +134,7 @@ def chosen_method(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[s
 def plan_adapter(
     adapter: Adapter,
     statistics: Statistics | None,
-    method: str = "lora-drop",
+    method: str = DEFAULT,
     *,
     budget: str | None = None,
     **options: Any,

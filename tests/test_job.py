@@ -95,7 +95,7 @@ def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):
     assert made.report.quality is None and made.report.data is None
     assert from_json(to_json(made.report)).after == size(made.adapter)
     assert "quality was not measured" in card(made.adapter, made.report)
-    with pytest.raises(InputError, match="lora-drop needs measurements: give --data"):
+    with pytest.raises(InputError, match="adaptive needs measurements: give --data"):
         compress_adapter(adapter, None)
 
 

@@ -18,7 +18,7 @@ from lorapack.cli import options
     "--retain",
     callback=options.parse_share,
     metavar="P%",
-    help="Instead of a budget: the smallest size that keeps this much of the gain.",
+    help="Instead of a budget: the smallest size that keeps this much of the gain; 99% for adaptive without a budget.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Carry out this plan instead of making one.")
 @click.option("--statistics", "statistics_file", metavar="FILE", help="Use what `lorapack measure` wrote.")

@@ -14,7 +14,7 @@ from lorapack.cli import options
     "-o", "--out", default="statistics.safetensors", show_default=True, metavar="FILE", help="Where to write."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--method", default="lora-drop", show_default=True, help="Measure what this method needs.")
+@click.option("--method", default="adaptive", show_default=True, help="Measure what this method needs.")
 @options.SAMPLE
 @options.AVERAGE
 @options.SEED

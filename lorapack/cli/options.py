@@ -81,7 +81,7 @@ AVERAGE = click.option(
 METHOD = together(
     click.option(
         "--method",
-        default="lora-drop",
+        default="adaptive",
         show_default=True,
         help="How to choose what to keep; `lorapack methods` lists them, and the options that each has of its own.",
     ),

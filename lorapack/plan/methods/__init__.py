@@ -13,4 +13,5 @@ NAMES = (
     "adalora",
 )
 
+DEFAULT = "adaptive"
 METHODS: dict[str, Method] = {name: import_module(f"{__name__}.{name.replace('-', '_')}").METHOD for name in NAMES}
