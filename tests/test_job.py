@@ -82,9 +82,9 @@ def test_a_method_that_cannot_be_is_refused_before_anything_is_loaded(adapter, t
 
 
 def test_options_of_a_method_are_read_as_numbers_where_they_are():
-    assert parse_method("rank:allocation=per-module,energy=0.5") == (
+    assert parse_method("rank:allocation=per-module,share=0.5") == (
         "rank",
-        {"allocation": "per-module", "energy": 0.5},
+        {"allocation": "per-module", "share": 0.5},
     )
 
 

@@ -13,7 +13,7 @@ from lorapack.core.plan import Choice, Metric, Plan
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms
-from lorapack.plan.allocate import by_share, by_value, uniformly
+from lorapack.plan.allocate import Cutoff, by_cutoff, by_value, uniformly
 from lorapack.plan.method import Method
 
 Allocation = Literal["global", "uniform", "per-module"]
@@ -26,7 +26,8 @@ def plan(
     budget: int | None = None,
     metric: Metric = "loss",
     allocation: Allocation = "global",
-    energy: float = 0.99,
+    cutoff: Cutoff = "energy",
+    share: float = 0.99,
 ) -> Plan:
     """Give every module a rank, and drop those that get none.
 
@@ -36,9 +37,9 @@ def plan(
         budget: the parameters allowed; needed by ``global`` and ``uniform``.
         metric: which error a cut causes, see `lorapack.pack.truncate.atoms`.
         allocation: ``global``, the atoms with the least error saved per parameter go first, whatever
-            their module; ``uniform``, the same rank for all; ``per-module``, as many atoms as hold
-            `energy` of the module's own error.
-        energy: of ``per-module``, above 0 and at most 1.
+            their module; ``uniform``, the same rank for all; ``per-module``, each module's own
+            `cutoff`.
+        cutoff, share: of ``per-module``, see `lorapack.plan.allocate.by_cutoff`.
 
     Raises:
         InputError: no budget, or one too small for a single atom; statistics that lack the metric.
@@ -47,13 +48,13 @@ def plan(
         check_fits(statistics, adapter)
     if allocation != "per-module" and budget is None:
         raise InputError(f"--allocation {allocation} needs a --budget")
-    if not 0 < energy <= 1:
-        raise InputError(f"--energy {energy} is outside (0, 1]")
+    if not 0 < share <= 1:
+        raise InputError(f"--share {share} is outside (0, 1]")
     values = {module: _values(adapter, statistics, module, metric) for module in adapter.linear}
     costs = {module: sum(adapter.factors(module).shape) for module in adapter.linear}
     most = {module: adapter.factors(module).rank for module in adapter.linear}
     if allocation == "per-module":
-        ranks = by_share(values, energy)
+        ranks = by_cutoff(values, cutoff, share)
     elif allocation == "uniform":
         ranks = uniformly(most, costs, budget or 0)
     else:
@@ -67,7 +68,7 @@ def plan(
         else Choice(m, "drop", None, None, sum(values[m]), "no rank of it is worth its parameters")
         for m in adapter.linear
     )
-    limit: dict[str, Any] = {"energy": energy} if allocation == "per-module" else {"budget": budget}
+    limit: dict[str, Any] = {"cutoff": cutoff, "share": share} if allocation == "per-module" else {"budget": budget}
     options = {"metric": metric, "allocation": allocation, **limit}
     return Plan("rank", options, choices, adapter=digest(adapter), metric=metric)
 
