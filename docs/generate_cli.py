@@ -18,7 +18,7 @@ def page() -> str:
         "nothing written; 1 a fault of lorapack; 130 interrupted.",
         "",
     ]
-    context = click.Context(cli, info_name="lorapack", terminal_width=100, max_content_width=100)
+    context = click.Context(cli, info_name="lorapack", terminal_width=100, **cli.context_settings)
     lines += ["## lorapack", "", "```text", cli.get_help(context), "```", ""]
     for name, command in cli.commands.items():
         inner = click.Context(command, info_name=name, parent=context, terminal_width=100, max_content_width=100)

@@ -10,9 +10,9 @@ from typing import Any
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import STORES, Store
-from lorapack.core.plan import Metric, Plan, check, cuts_ranks, parameters
+from lorapack.core.plan import Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, type_rows
-from lorapack.core.statistics import Statistics, check_fits
+from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
@@ -32,11 +32,13 @@ from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.pack.store import store_adapter
+from lorapack.plan import DEFAULT
 from lorapack.recover import recover
 from lorapack.recover.recover import Objective
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
 
+RETAIN = 0.99
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -58,7 +60,7 @@ def compress_adapter(
     columns: Mapping[str, str] | None = None,
     sample: str = SAMPLE,
     seed: int = 0,
-    method: str = "lora-drop",
+    method: str = DEFAULT,
     budget: str | None = None,
     retain: float | None = None,
     options: Mapping[str, Any] | None = None,
@@ -93,7 +95,8 @@ def compress_adapter(
         seed: of everything that is random.
         method, budget, options: see `lorapack.plan_adapter`.
         retain: instead of a budget, the share of the gain to keep: the smallest size whose lower
-            bound is above it on the selection rows, before recovery.
+            bound is above it on the selection rows, before recovery. `RETAIN` where the default
+            method gets neither.
         plan: a plan to carry out instead.
         statistics: measured before; otherwise they are measured here.
         average: what weighs the same in the statistics, each token or each row (``sample``).
@@ -109,8 +112,9 @@ def compress_adapter(
     Raises:
         InputError: anything given that does not fit, in one line.
     """
-    options = options or {}
-    chosen = chosen_method(method, options)
+    chosen, options = chosen_method(method, options or {})
+    if method == DEFAULT and data is not None and plan is None and budget is None and retain is None:
+        retain = RETAIN
     _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
@@ -152,7 +156,7 @@ def compress_adapter(
     job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch, store)
     with steps.step("measure"):
         if statistics is None:
-            statistics = measure(job, _needed_by(plan, adapter) if plan else chosen.needs(options))
+            statistics = measure(job, {_needed_by(plan, adapter) if plan else chosen.needs(options)})
     search: Search | None = None
     with steps.step("plan"):
         if plan is None and retain is not None:
@@ -252,9 +256,9 @@ def _check_bytes(smaller: Adapter, most: float | None) -> None:
         raise InputError(f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}")
 
 
-def _needed_by(plan: Plan, adapter: Adapter) -> Metric:
+def _needed_by(plan: Plan, adapter: Adapter) -> Need:
     """What a given plan needs measured: nothing, unless it cuts ranks."""
-    return (plan.metric or "output") if cuts_ranks(plan, adapter) else "weight"
+    return NEEDED[plan.metric or "output"] if cuts_ranks(plan, adapter) else "nothing"
 
 
 def _check_unseen(statistics: Statistics, prepared: Prepared) -> None:

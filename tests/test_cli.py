@@ -76,7 +76,7 @@ def compressed(root, data, held):
     for name in ("one", "two"):
         done = run(
             *("compress", ADAPTER, "--base", BASE, "--data", data, "--eval-data", held, "-o", root / "made" / name),
-            *("--budget", "60%", "--recover-steps", 2, "--max-length", 64, "--seed", 7),
+            *("--method", "lora-drop", "--budget", "60%", "--recover-steps", 2, "--max-length", 64, "--seed", 7),
         )
         assert done.returncode == 0, done.stderr
         said.append(done)
@@ -97,6 +97,18 @@ def test_compress_makes_a_smaller_adapter_that_peft_loads(compressed):
     tensors = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
     assert torch.isfinite(tensors).all()
     assert f"Wrote {out}" in done.stdout and done.stderr == ""
+
+
+def test_with_nothing_but_data_the_smallest_that_keeps_99_percent_is_made(root, data, held):
+    done = run(
+        *("compress", ADAPTER, "--base", BASE, "--data", data, "--eval-data", held, "-o", root / "default"),
+        *("--recover-steps", 0, "--max-length", 64),
+    )
+    assert done.returncode == 0, done.stderr
+    report = reports.from_json((root / "default" / "report.json").read_text())
+    assert report.plan.method == "adaptive" and report.settings["retain"]["share"] == 0.99
+    kept = [parameters for parameters, low in report.settings["retain"]["tried"] if low >= 0.99]
+    assert min(kept) == report.after.parameters < report.before.parameters
 
 
 def test_compress_writes_a_report_of_what_it_wrote(compressed):
@@ -155,9 +167,10 @@ def test_measure_plan_edit_and_compress_by_hand(root, data, held):
     chain = root / "chain"
     chain.mkdir()
     common = ("--base", BASE, "--data", data, "--max-length", 64)
+    drop_little = ("--method", "lora-drop", "--threshold", 0.99)
     done = run("measure", ADAPTER, *common, cwd=chain)
     assert done.returncode == 0, done.stderr
-    done = run("plan", ADAPTER, "--statistics", "statistics.safetensors", "--threshold", 0.99, cwd=chain)
+    done = run("plan", ADAPTER, "--statistics", "statistics.safetensors", *drop_little, cwd=chain)
     assert done.returncode == 0, done.stderr
     assert names(chain) == ["plan.json", "statistics.safetensors"]
     plan = json.loads((chain / "plan.json").read_text())
@@ -325,12 +338,12 @@ BAD = {
     "a word for a number": (["--seed", "seven"], "--seed"),
     "an unknown device": (["--device", "tpu"], "--device"),
     "an unknown method": (["--method", "magic"], "lora-drop"),
-    "a budget too small": (["--budget", "1%"], "too small"),
+    "a budget too small": (["--method", "lora-drop", "--budget", "1%"], "too small"),
     "a budget that is no number": (["--budget", "half"], "half"),
     "a budget of nothing": (["--budget", "0"], "above 0"),
-    "a threshold of nothing": (["--threshold", "0"], "outside (0, 1]"),
-    "a threshold above one": (["--threshold", "1.5"], "outside (0, 1]"),
-    "a threshold that is no number": (["--threshold", "nan"], "outside (0, 1]"),
+    "a threshold of nothing": (["--method", "lora-drop", "--threshold", "0"], "outside (0, 1]"),
+    "a threshold above one": (["--method", "lora-drop", "--threshold", "1.5"], "outside (0, 1]"),
+    "a threshold that is no number": (["--method", "lora-drop", "--threshold", "nan"], "outside (0, 1]"),
     "a sample of nothing": (["--sample", "0"], "--sample"),
     "rows too short": (["--max-length", "1"], "--max-length"),
     "rows too long": (["--max-length", "100000"], "--max-length"),

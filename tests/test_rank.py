@@ -13,7 +13,7 @@ from lorapack.core.statistics import Moments, Statistics
 from lorapack.errors import InputError
 from lorapack.pack import pack_adapter
 from lorapack.plan import METHODS
-from lorapack.plan.allocate import by_share, by_value, uniformly
+from lorapack.plan.allocate import by_cutoff, by_value, uniformly
 
 METRICS = ("weight", "output", "loss")
 falling = st.lists(st.floats(0, 100), min_size=1, max_size=3).map(lambda v: sorted(v, reverse=True))
@@ -60,8 +60,20 @@ def test_uniform_ranks_differ_by_one_at_most_and_the_lower_layers_come_first():
 
 
 def test_a_share_keeps_the_crossing_atom_and_nothing_of_an_empty_module():
-    assert by_share({"a": [6.0, 3.0, 1.0], "b": [0.0, 0.0]}, 0.9) == {"a": 2, "b": 0}
-    assert by_share({"a": [6.0, 3.0, 1.0]}, 1.0) == {"a": 3}
+    assert by_cutoff({"a": [6.0, 3.0, 1.0], "b": [0.0, 0.0]}, "energy", 0.9) == {"a": 2, "b": 0}
+    assert by_cutoff({"a": [6.0, 3.0, 1.0]}, "energy", 1.0) == {"a": 3}
+
+
+def test_the_cutoffs_of_the_resize_tools():
+    """Singular values 4, 2, 1: sums 7, squares 16 + 4 + 1 = 21."""
+    squares = {"a": [16.0, 4.0, 1.0], "none": [0.0, 0.0, 0.0]}
+    for cutoff, share, rank in (
+        *(("cumulative", 4 / 7, 1), ("cumulative", 4.1 / 7, 2), ("cumulative", 1.0, 3)),
+        *(("energy", 16 / 21, 1), ("energy", 16.1 / 21, 2), ("energy", 20.1 / 21, 3)),
+        *(("frobenius", (16 / 21) ** 0.5, 1), ("frobenius", (20 / 21) ** 0.5, 2), ("frobenius", 0.99, 3)),
+        *(("ratio", 0.5, 2), ("ratio", 0.51, 1), ("ratio", 0.25, 3), ("ratio", 1.0, 1)),
+    ):
+        assert by_cutoff(squares, cutoff, share) == {"a": rank, "none": 0}, (cutoff, share)
 
 
 def example(seed: int, layers: int = 4, rank: int = 3):
@@ -96,7 +108,7 @@ def rewritten(adapter, statistics, seed):
 @pytest.mark.parametrize("allocation", ["global", "uniform", "per-module"])
 def test_the_plan_does_not_depend_on_how_the_updates_are_factored(metric, allocation):
     adapter, statistics = example(0)
-    options = {"metric": metric, "allocation": allocation, "energy": 0.8}
+    options = {"metric": metric, "allocation": allocation, "share": 0.8}
     budget = size(adapter).parameters // 3
     plan = METHODS["rank"].run(adapter, statistics, budget, options)
     other = METHODS["rank"].run(*rewritten(adapter, statistics, 1), budget, options)
@@ -137,7 +149,7 @@ def test_what_a_method_lacks_is_said():
     with pytest.raises(InputError, match="too small: one rank of one module takes 14"):
         METHODS["rank"].run(adapter, statistics, 13, {})
     with pytest.raises(InputError, match="lora-drop has no --metric; it has --threshold"):
-        METHODS["lora-drop"].check_options("lora-drop", {"metric": "loss"})
+        METHODS["lora-drop"].parse("lora-drop", {"metric": "loss"})
     forward = Statistics({m: Moments(s.forward) for m, s in statistics.modules.items()}, 50.0, 50, 5, "token", {})
-    with pytest.raises(InputError, match="measure with --loss"):
+    with pytest.raises(InputError, match="measure --method rank"):
         METHODS["rank"].run(adapter, forward, 1000, {"metric": "loss"})

@@ -7,7 +7,7 @@ import click
 from lorapack.cli import options
 
 
-@click.command()
+@click.command(cls=options.MethodCommand)
 @options.ADAPTER
 @click.option("--data", metavar="FILE", help=options.ROWS + " Only methods that measure nothing go without.")
 @options.COLUMNS
@@ -18,7 +18,7 @@ from lorapack.cli import options
     "--retain",
     callback=options.parse_share,
     metavar="P%",
-    help="Instead of a budget: the smallest size that keeps this much of the gain.",
+    help="Instead of a budget: the smallest size that keeps this much of the gain; 99% for adaptive without a budget.",
 )
 @click.option("--plan", "plan_file", metavar="FILE", help="Carry out this plan instead of making one.")
 @click.option("--statistics", "statistics_file", metavar="FILE", help="Use what `lorapack measure` wrote.")
@@ -51,6 +51,7 @@ def compress(
     statistics_file: str | None,
     revision: str | None,
     as_json: bool,
+    method_options: dict[str, str],
     **settings: Any,
 ) -> None:
     """Make ADAPTER smaller: measure, plan, pack, recover, evaluate, write.
@@ -80,7 +81,7 @@ def compress(
             name=Path(adapter).name,
             plan=read_plan(plan_file) if plan_file else None,
             statistics=read_statistics(statistics_file) if statistics_file else None,
-            options=options.take_method_options(settings),
+            options=method_options,
             watch=watch,
             **settings,
         )

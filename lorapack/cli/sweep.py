@@ -15,7 +15,7 @@ from lorapack.cli import options
     "--method",
     "methods",
     multiple=True,
-    default=("lora-drop", "rank"),
+    default=("adaptive", "lora-drop"),
     show_default=True,
     metavar="NAME[:OPT=VALUE,…]",
     help="A method with its options; can be given again.",

@@ -1,6 +1,6 @@
 """Decide what happens to each module: statistics and adapter in, plan out."""
 
 from lorapack.plan.method import Method
-from lorapack.plan.methods import METHODS
+from lorapack.plan.methods import DEFAULT, METHODS
 
-__all__ = ["METHODS", "Method"]
+__all__ = ["DEFAULT", "METHODS", "Method"]

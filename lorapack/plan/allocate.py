@@ -1,6 +1,10 @@
 """Give a budget of parameters to rank-one atoms: which rank each module gets."""
 
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Literal
+
+Cutoff = Literal["energy", "frobenius", "cumulative", "ratio"]
 
 
 def by_value(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:
@@ -48,13 +52,23 @@ def uniformly(most: Mapping[str, int], costs: Mapping[str, int], budget: int) ->
     return ranks
 
 
-def by_share(values: Mapping[str, Sequence[float]], share: float) -> dict[str, int]:
-    """For every module the lowest rank whose atoms hold at least `share` of its value; 0 where it has none."""
+def by_cutoff(values: Mapping[str, Sequence[float]], cutoff: Cutoff, share: float) -> dict[str, int]:
+    """For every module the lowest rank that keeps enough of it; 0 where it has no value at all.
+
+    Args:
+        values: for each module the squares of its singular values, falling.
+        cutoff: enough is what holds `share` of the sum of the squares (``energy``), of the root of
+            that sum (``frobenius``), of the sum of the singular values (``cumulative``), or every one
+            of them that is at least `share` times the largest (``ratio``).
+        share: above 0, at most 1.
+    """
     ranks = {}
     for module, found in values.items():
-        total, held, rank = sum(found), 0.0, 0
-        while rank < len(found) and held < share * total * (1 - 1e-12):
-            held += found[rank]
-            rank += 1
-        ranks[module] = rank
+        if cutoff == "ratio":
+            ranks[module] = sum(value > 0 and value >= share**2 * found[0] * (1 - 1e-12) for value in found)
+            continue
+        parts = [value**0.5 for value in found] if cutoff == "cumulative" else found
+        aim = (share**2 if cutoff == "frobenius" else share) * sum(parts) * (1 - 1e-12)
+        reached = [0.0, *itertools.accumulate(parts)]
+        ranks[module] = next((rank for rank, held in enumerate(reached) if held >= aim), len(found))
     return ranks

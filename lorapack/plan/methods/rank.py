@@ -1,4 +1,4 @@
-"""Cut ranks: rank-one atoms of all modules compete, in one of three metrics, for a budget of parameters.
+"""Cut ranks: rank-one atoms of all modules compete, in one of four metrics, for a budget of parameters.
 
 Sources: ``weight`` with ``global`` is PARA (arXiv 2604.27796); ``weight`` with ``uniform`` is what
 resize tools do; ``output`` and ``loss`` are the metrics of SVD-LLM (arXiv 2403.07378) and of the
@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Metric, Plan
-from lorapack.core.statistics import Statistics, check_fits
+from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms
-from lorapack.plan.allocate import by_share, by_value, uniformly
+from lorapack.plan.allocate import Cutoff, by_cutoff, by_value, uniformly
 from lorapack.plan.method import Method
 
 Allocation = Literal["global", "uniform", "per-module"]
@@ -26,7 +26,8 @@ def plan(
     budget: int | None = None,
     metric: Metric = "loss",
     allocation: Allocation = "global",
-    energy: float = 0.99,
+    cutoff: Cutoff = "energy",
+    share: float = 0.99,
 ) -> Plan:
     """Give every module a rank, and drop those that get none.
 
@@ -36,9 +37,9 @@ def plan(
         budget: the parameters allowed; needed by ``global`` and ``uniform``.
         metric: which error a cut causes, see `lorapack.pack.truncate.atoms`.
         allocation: ``global``, the atoms with the least error saved per parameter go first, whatever
-            their module; ``uniform``, the same rank for all; ``per-module``, as many atoms as hold
-            `energy` of the module's own error.
-        energy: of ``per-module``, above 0 and at most 1.
+            their module; ``uniform``, the same rank for all; ``per-module``, each module's own
+            `cutoff`.
+        cutoff, share: of ``per-module``, see `lorapack.plan.allocate.by_cutoff`.
 
     Raises:
         InputError: no budget, or one too small for a single atom; statistics that lack the metric.
@@ -47,13 +48,13 @@ def plan(
         check_fits(statistics, adapter)
     if allocation != "per-module" and budget is None:
         raise InputError(f"--allocation {allocation} needs a --budget")
-    if not 0 < energy <= 1:
-        raise InputError(f"--energy {energy} is outside (0, 1]")
+    if not 0 < share <= 1:
+        raise InputError(f"--share {share} is outside (0, 1]")
     values = {module: _values(adapter, statistics, module, metric) for module in adapter.linear}
     costs = {module: sum(adapter.factors(module).shape) for module in adapter.linear}
     most = {module: adapter.factors(module).rank for module in adapter.linear}
     if allocation == "per-module":
-        ranks = by_share(values, energy)
+        ranks = by_cutoff(values, cutoff, share)
     elif allocation == "uniform":
         ranks = uniformly(most, costs, budget or 0)
     else:
@@ -67,24 +68,24 @@ def plan(
         else Choice(m, "drop", None, None, sum(values[m]), "no rank of it is worth its parameters")
         for m in adapter.linear
     )
-    limit: dict[str, Any] = {"energy": energy} if allocation == "per-module" else {"budget": budget}
+    limit: dict[str, Any] = {"cutoff": cutoff, "share": share} if allocation == "per-module" else {"budget": budget}
     options = {"metric": metric, "allocation": allocation, **limit}
     return Plan("rank", options, choices, adapter=digest(adapter), metric=metric)
 
 
-def needs(options: Mapping[str, Any]) -> Metric:
-    found: Metric = options.get("metric", "loss")
-    return found
+def needs(options: Mapping[str, Any]) -> Need:
+    return NEEDED[options.get("metric", "loss")]
 
 
 def _values(adapter: Adapter, statistics: Statistics | None, module: str, metric: Metric) -> list[float]:
     """The squared errors that the module's atoms cause when they are left out, per token, the largest first."""
     moments = statistics.modules[module] if statistics is not None else None
-    if metric == "loss" and (moments is None or moments.backward is None):
-        raise InputError("--metric loss needs backward moments: measure with --loss")
+    lacking = moments is None or moments.backward is None or (metric == "fisher" and moments.row_backward is None)
+    if metric in ("loss", "fisher") and lacking:
+        raise InputError(f"--metric {metric} needs backward moments: `lorapack measure --method rank`")
     shares = atoms(adapter.factors(module), metric, moments)[2]
     # u = dloss/dh lies before B and the scale and so contains both; the other metrics see B A alone
-    scale = 1.0 if metric == "loss" else adapter.scale(module)
+    scale = 1.0 if metric in ("loss", "fisher") else adapter.scale(module)
     return [float(share) * scale**2 for share in shares]
 
 
