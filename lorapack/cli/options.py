@@ -91,8 +91,14 @@ METHOD = together(
         help="rank: how modules share the budget.  [default: global]",
     ),
     click.option("--energy", type=float, help="rank, per-module: how much to keep.  [default: 0.99]"),
+    click.option("--rank", type=int, metavar="N", help="tied, vera: instead of a budget, the rank of what is shared."),
+    click.option(
+        "--sharing",
+        type=click.Choice(["scale", "diagonal", "core", "tied"]),
+        help="tied: what a layer has of its own.  [default: tied]",
+    ),
 )
-METHOD_OPTIONS = ("threshold", "metric", "allocation", "energy")
+METHOD_OPTIONS = ("threshold", "metric", "allocation", "energy", "rank", "sharing")
 
 
 def take_method_options(settings: dict[str, Any]) -> dict[str, Any]:
