@@ -210,7 +210,7 @@ def _check_own(module: str, pointer: Pointer, factors: Factors) -> None:
     ):
         if tensor is not None and tuple(tensor.shape) not in wanted:
             shapes = " or ".join(map(str, wanted))
-            raise InputError(f"{module} has a {name} of shape {tuple(tensor.shape)}, expected {shapes}")
+            raise InputError(f"the {name} of {module} has the shape {tuple(tensor.shape)}, expected {shapes}")
     if pointer.own and factors.kind != "linear":
         raise InputError(f"{module} is a layer of kind {factors.kind} and has a core or an output vector")
 

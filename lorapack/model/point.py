@@ -115,4 +115,4 @@ def _set(a: nn.Linear, b: nn.Linear, *weights: Tensor) -> None:
     for layer, weight in zip((a, b), weights, strict=True):
         if not isinstance(weight, nn.Parameter):
             del layer.weight  # torch takes a parameter's name for a parameter only
-        layer.weight = weight  # type: ignore[assignment]
+        layer.weight = weight

@@ -69,7 +69,7 @@ class _State:
 
 
 def fit(members: Sequence[Member], q: Tensor, rank: int, sharing: Sharing) -> Fitted:
-    """B, A and for each layer a core K_l, with ``tied`` also v_l, with a small sum of E||(W_l - diag(v_l) B K_l A) x||^2.
+    """B and A, a core K_l for each layer, and with ``tied`` v_l: a small sum of E||(W_l - diag(v_l) B K_l A) x||^2.
 
     Alternates steps none of which raises the error: v_l, K_l and B by their normal equations, A by
     conjugate gradients from where it is (exact in one step where all layers see the same inputs).
@@ -356,4 +356,5 @@ def _pinv(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     live = values > values[..., -1:].clamp_min(0) * FLOOR
     inverse = torch.where(live, 1 / torch.where(live, values, torch.ones_like(values)), torch.zeros_like(values))
-    return (vectors * inverse[..., None, :]) @ vectors.mT
+    found: Tensor = (vectors * inverse[..., None, :]) @ vectors.mT
+    return found

@@ -29,9 +29,11 @@ class Frozen(nn.Module):
 class WithCore(nn.Module):
     """`lora_A`: the shared A, (rank, d_in), and a core, (rank,) or (rank, rank)."""
 
-    def __init__(self, shared: nn.Module, core: Tensor) -> None:
+    shared: nn.Linear | Frozen
+
+    def __init__(self, shared: nn.Linear | Frozen, core: nn.Parameter) -> None:
         super().__init__()
-        self.shared, self.core = shared, nn.Parameter(core)
+        self.shared, self.core = shared, core
 
     @property
     def weight(self) -> Tensor:
@@ -45,9 +47,11 @@ class WithCore(nn.Module):
 class WithOutput(nn.Module):
     """`lora_B`: the shared B, (d_out, rank), and a vector on the outputs, (d_out,)."""
 
-    def __init__(self, shared: nn.Module, output: Tensor) -> None:
+    shared: nn.Linear | Frozen
+
+    def __init__(self, shared: nn.Linear | Frozen, output: nn.Parameter) -> None:
         super().__init__()
-        self.shared, self.output = shared, nn.Parameter(output)
+        self.shared, self.output = shared, output
 
     @property
     def weight(self) -> Tensor:

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from peft import mapping
 from peft.tuners.lora import LoraConfig, LoraModel
 from torch import Tensor, nn
@@ -119,12 +120,16 @@ def _tie(layers: list[Any], name: str, form: Form) -> None:
         where = [blank.device if blank.device.type != "meta" else "cpu" for blank in blanks]
         first = [Frozen(t.to(device)) for t, device in zip(form.seeded.factors(), where, strict=True)]
     rank, d_out = blanks[0].shape[0], blanks[1].shape[0]
+
+    def ones(like: nn.Parameter, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.ones(shape, dtype=like.dtype, device=like.device), requires_grad=like.requires_grad)
+
     for layer in layers:
         a, b = first
         if form.core:
-            a = WithCore(a, blanks[0].new_ones((rank, rank) if form.core == "full" else (rank,)))
+            a = WithCore(a, ones(blanks[0], *((rank, rank) if form.core == "full" else (rank,))))
         if form.output:
-            b = WithOutput(b, blanks[1].new_ones(d_out))
+            b = WithOutput(b, ones(blanks[1], d_out))
         layer.lora_A[name], layer.lora_B[name] = a, b
 
 

@@ -114,9 +114,9 @@ def from_tensors(
                 _check_rank(settings, module, pool[stem].rank, where)
                 core, output = (tensors.get(f"{PREFIX}{module}.{place}") for place in ("lora_A.core", "lora_B.output"))
                 modules[module] = Pointer(stem, settings.scale(module, pool[stem].rank), core, output)
-                if modules[module].form != (form.core, form.output):
+                if core is not None and modules[module].form[0] != form.core:
                     raise InputError(
-                        f"{where}: {module} has a core of {core.ndim} dimensions; {CONFIG} says {form.core}"
+                        f"{where}: {module} has a core of {core.ndim} dimensions, which {CONFIG} calls {form.core}"
                     )
             continue
         if not stem.startswith(PREFIX):
