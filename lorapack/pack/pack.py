@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Pointer
 from lorapack.core.plan import Metric, Plan, check, cuts_ranks
-from lorapack.core.seeded import seeded
+from lorapack.core.seeded import SEEDS, seeded
 from lorapack.core.sharing import Sharing
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
@@ -146,6 +146,7 @@ def _closed(
 
 def _seeded(adapter: Adapter, plan: Plan, group: str, seed: int) -> Factors:
     like = adapter.factors(plan.members(group)[0])
+    seed %= SEEDS  # a negative one too
     a, b = seeded(seed, plan.groups[group], like.shape, like.A.dtype)
     return Factors(a, b, seed=seed)
 

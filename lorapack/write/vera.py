@@ -27,7 +27,7 @@ def vera_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         InputError: a module that has something else, or seeds or ranks that differ; names the module.
     """
-    kinds = {}
+    kinds: dict[tuple[int, int], str] = {}
     tensors = {name: tensor.clone() for name, tensor in adapter.carried.items()}
     for module, pointer in adapter.modules.items():
         factors = adapter.pool[pointer.factors]

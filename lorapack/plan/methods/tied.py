@@ -42,6 +42,7 @@ def plan(
         raise InputError(f"--sharing {sharing!r} is none of scale, diagonal, core, tied")
     if (budget is None) == (rank is None):
         raise InputError("tied needs a --budget or a --rank, and not both")
+    rank = None if rank is None else int(rank)  # `lorapack sweep` gives every number as a float
     if rank is not None and rank < 1:
         raise InputError(f"--rank {rank} must be 1 or more")
     groups = by_type_and_shape(adapter)
@@ -50,7 +51,7 @@ def plan(
         group: min(sum(adapter.factors(m).rank for m in members), *shapes[group]) for group, members in groups.items()
     }
     if rank is not None:
-        ranks = {group: min(int(rank), most[group]) for group in groups}
+        ranks = {group: min(rank, most[group]) for group in groups}
     else:
         ranks = _fill(groups, shapes, most, sharing, budget or 0)
     choices = {m: Choice(m, "share", None, group, None, "its type shares") for group, ms in groups.items() for m in ms}

@@ -9,6 +9,8 @@ from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.plan.method import Method
 
+MOST = 1024  # of a rank that follows from a budget, the largest of the paper: the fit solves systems of that size
+
 
 def plan(
     adapter: Adapter, statistics: Statistics | None, *, budget: int | None = None, rank: int | None = None
@@ -18,7 +20,8 @@ def plan(
     Args:
         adapter: to plan for.
         statistics: not looked at; packing fits the vectors on the inputs where there are data.
-        budget: the parameters allowed: a module has its rank and its outputs in numbers.
+        budget: the parameters allowed: a module has its rank and its outputs in numbers. No rank above
+            `MOST` is taken from it.
         rank: instead of a budget.
 
     Raises:
@@ -28,7 +31,7 @@ def plan(
         raise InputError("vera needs a --budget or a --rank, and not both")
     outputs = sum(adapter.factors(m).shape[0] for m in adapter.linear)
     if rank is None:
-        rank = ((budget or 0) - outputs) // len(adapter.linear)
+        rank = min(((budget or 0) - outputs) // len(adapter.linear), MOST)
         if rank < 1:
             least = outputs + len(adapter.linear)
             raise InputError(f"a budget of {budget:,} parameters is too small for vera: rank one takes {least:,}")
