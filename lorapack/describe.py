@@ -15,6 +15,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     for kind, name in short_types(modules).items():
         members = [m for m in modules if module_type(m) == kind]
         pool = [adapter.pool[p] for p in dict.fromkeys(adapter.modules[m].factors for m in members)]
+        own = [t for m in members for t in adapter.modules[m].own]
         types.append(
             {
                 "type": name,
@@ -27,8 +28,8 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
                 "dtype": ", ".join(
                     sorted({f.codes.store if f.codes else str(f.A.dtype).removeprefix("torch.") for f in pool})
                 ),
-                "parameters": sum(f.parameters for f in pool),
-                "bytes": sum(f.nbytes for f in pool),
+                "parameters": sum(f.parameters for f in pool) + sum(t.numel() for t in own),
+                "bytes": sum(f.nbytes for f in pool) + sum(t.numel() * t.element_size() for t in own),
             }
         )
     return {
@@ -38,7 +39,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "rslora": bool(adapter.config.get("use_rslora")),
         "types": types,
         "shared": [
-            {"name": name, "rank": adapter.pool[name].rank, "modules": members}
+            {"name": name, "rank": adapter.pool[name].rank, "modules": members, **_form(adapter, name, members[0])}
             for name, members in adapter.groups.items()
         ],
         "carried": [
@@ -47,6 +48,13 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         ],
         "size": asdict(size(adapter)),
     }
+
+
+def _form(adapter: Adapter, group: str, module: str) -> dict[str, Any]:
+    """What each of its modules has of its own, and the seed of its factors; only what there is."""
+    core, output = adapter.modules[module].form
+    said = {"core": core, "output": output or None, "seed": adapter.pool[group].seed}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _range(values: list[float]) -> str:

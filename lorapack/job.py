@@ -19,7 +19,7 @@ from lorapack.measure.measure import measure_rows
 from lorapack.measure.moments import Average, measure_inputs
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
-from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
+from lorapack.pack.pack import ShareInit, module_bases, pack_adapter
 from lorapack.pack.store import store_adapter
 from lorapack.plan import DEFAULT, METHODS, Method
 from lorapack.watch import Watch, unwatched
@@ -89,8 +89,7 @@ def packed(job: Job, plan: Plan, statistics: Statistics | None) -> Adapter:
     inputs = None
     if plan.groups and job.share_init == "closed":
         point(job.loaded, place(job.adapter, job.loaded.device))
-        bases = group_bases(job.adapter, plan)
-        of_module = {m: bases[group] for group in plan.groups for m in plan.members(group)}
+        of_module = module_bases(job.adapter, plan, job.seed)
         calibration = job.batches(job.prepared.calibration, logits=False)
         inputs = measure_inputs(job.loaded, of_module, job.watch("measure shared", calibration), job.average)
     return pack_adapter(job.adapter, plan, statistics, inputs, job.share_init, job.seed)

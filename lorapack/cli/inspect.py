@@ -40,7 +40,10 @@ def inspect(adapter: str, revision: str | None, as_json: bool) -> None:
         )
     out.print(types)
     for group in found["shared"]:
-        out.print(f"{group['name']} (rank {group['rank']}) serves {', '.join(group['modules'])}", soft_wrap=True)
+        own = f", {group['core']} cores" if "core" in group else ""
+        own += ", output vectors" if "output" in group else ""
+        own += f", made from the seed {group['seed']}" if "seed" in group else ""
+        out.print(f"{group['name']} (rank {group['rank']}{own}) serves {', '.join(group['modules'])}", soft_wrap=True)
     if found["carried"]:
         carried = table("Carried along untouched", "tensor", "shape", "bytes")
         for row in found["carried"]:

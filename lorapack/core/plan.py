@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from lorapack.core import sharing as ways
 from lorapack.core.adapter import Adapter
+from lorapack.core.sharing import Sharing
 from lorapack.errors import InputError
 
 VERSION = 1
@@ -51,6 +53,10 @@ class Plan:
         adapter: digest of the adapter it was made for; empty in a plan written by hand.
         metric: in which a module that keeps less than its rank is cut; None for the best that the
             statistics allow.
+        sharing: how the modules of a group share, by its name; a group that is not named shares with
+            a ``scale`` a layer. ``diagonal`` and ``core`` put rank or rank x rank numbers a layer
+            between A and B, ``tied`` a diagonal and a vector on the outputs, ``vera`` the same with
+            A and B made from the seed.
         version: of this format.
     """
 
@@ -60,7 +66,12 @@ class Plan:
     groups: Mapping[str, int] = field(default_factory=dict)
     adapter: str = ""
     metric: Metric | None = None
+    sharing: Mapping[str, Sharing] = field(default_factory=dict)
     version: int = VERSION
+
+    def way(self, group: str) -> Sharing:
+        """How the modules of a group share."""
+        return self.sharing.get(group, "scale")
 
     def members(self, group: str) -> list[str]:
         return [choice.module for choice in self.choices if choice.group == group]
@@ -74,11 +85,20 @@ def parameters(plan: Plan, adapter: Adapter) -> int:
         return rank * (d_out + d_in)
 
     kept: dict[str, int] = {}
+    vectors = 0
     for choice in plan.choices:
         if choice.action in ("keep", "grow") and choice.rank is not None:
-            own = choice.rank != adapter.factors(choice.module).rank
-            kept[choice.module if own else adapter.modules[choice.module].factors] = pair(choice.module, choice.rank)
-    return sum(kept.values()) + sum(pair(plan.members(group)[0], rank) for group, rank in plan.groups.items())
+            pointer = adapter.modules[choice.module]
+            if choice.rank != adapter.pool[pointer.factors].rank:
+                kept[choice.module] = pair(choice.module, choice.rank)
+            else:
+                kept[pointer.factors] = adapter.pool[pointer.factors].parameters
+                vectors += sum(t.numel() for t in pointer.own)
+    shared = 0
+    for group, rank in plan.groups.items():
+        members = plan.members(group)
+        shared += ways.parameters(plan.way(group), rank, adapter.factors(members[0]).shape, len(members))
+    return sum(kept.values()) + vectors + shared
 
 
 def cuts_ranks(plan: Plan, adapter: Adapter) -> bool:
@@ -126,10 +146,13 @@ def check(plan: Plan, adapter: Adapter) -> None:
         if len(shapes) > 1:
             raise InputError(f"plan: the modules of group {group!r} have different shapes {sorted(shapes)}")
         most = sum(adapter.factors(module).rank for module in members)
-        if not 1 <= rank <= min(most, *shapes.pop()):
+        if rank < 1 or (rank > min(most, *shapes.pop()) and plan.way(group) != "vera"):
             raise InputError(f"plan: group {group!r} asks for rank {rank}, which its modules cannot fill")
         if not group or not all(c.isalnum() or c in "._-" for c in group):
             raise InputError(f"plan: the group name {group!r} has characters other than letters, digits, . _ -")
+    for group in plan.sharing:
+        if group not in plan.groups:
+            raise InputError(f"plan: `sharing` names the group {group!r}, which `groups` lacks")
 
 
 def _more(items: list[str]) -> str:

@@ -116,11 +116,17 @@ def type_rows(before: Adapter, after: Adapter) -> tuple[TypeRow, ...]:
                 kept=sum(after.modules[m].factors not in groups for m in left),
                 shared=sum(after.modules[m].factors in groups for m in left),
                 dropped=len(modules) - len(left),
-                parameters_before=sum(before.pool[p].parameters for p in {before.modules[m].factors for m in modules}),
-                parameters_after=sum(after.pool[p].parameters for p in pairs),
+                parameters_before=sum(before.pool[p].parameters for p in {before.modules[m].factors for m in modules})
+                + _own(before, modules),
+                parameters_after=sum(after.pool[p].parameters for p in pairs) + _own(after, left),
             )
         )
     return tuple(rows)
+
+
+def _own(adapter: Adapter, modules: list[str]) -> int:
+    """The numbers that modules have for themselves beside shared factors."""
+    return sum(t.numel() for m in modules for t in adapter.modules[m].own)
 
 
 def to_json(report: Report) -> str:

@@ -1,6 +1,7 @@
 """Carry out a plan on an adapter."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
@@ -8,8 +9,11 @@ from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Pointer
 from lorapack.core.plan import Metric, Plan, check, cuts_ranks
+from lorapack.core.seeded import SEEDS, seeded
+from lorapack.core.sharing import Sharing
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
+from lorapack.pack.fit import fit, fit_frozen
 from lorapack.pack.share import Member, input_basis, share
 from lorapack.pack.truncate import truncate
 
@@ -18,7 +22,24 @@ ShareInit = Literal["closed", "copy", "fresh"]
 
 def group_bases(adapter: Adapter, plan: Plan) -> dict[str, Tensor]:
     """For every group of the plan the basis Q, (q, d_in), in which its inputs are to be measured."""
-    return {group: input_basis([adapter.factors(m) for m in plan.members(group)]) for group in plan.groups}
+    return {
+        group: input_basis([adapter.factors(m) for m in plan.members(group)])
+        for group in plan.groups
+        if plan.way(group) != "vera"
+    }
+
+
+def module_bases(adapter: Adapter, plan: Plan, seed: int = 0) -> dict[str, Tensor]:
+    """For every module that shares the basis in which its inputs are to be measured, (q, d_in).
+
+    It is its group's; with seeded factors (`vera`) one of its own, of its A and the seeded A.
+    """
+    bases = group_bases(adapter, plan)
+    found = {module: q for group, q in bases.items() for module in plan.members(group)}
+    for group in plan.groups.keys() - bases.keys():
+        frozen = _seeded(adapter, plan, group, seed)
+        found |= {m: input_basis([adapter.factors(m), frozen]) for m in plan.members(group)}
+    return found
 
 
 def pack_adapter(
@@ -41,10 +62,10 @@ def pack_adapter(
         adapter: to be packed; unchanged.
         plan: checked against it.
         statistics: of this adapter; without them truncation uses the ``weight`` metric.
-        inputs: for each module that shares, E[y y^T] in its group's basis (`group_bases`), (q, q);
+        inputs: for each module that shares, E[y y^T] in its basis (`module_bases`), (q, q);
             without them the inputs are taken as white.
-        share_init: where shared factors come from.
-        seed: of ``fresh``, and of rows that are new.
+        share_init: where shared factors come from; only ``closed`` where layers have more than a scale.
+        seed: of ``fresh``, of rows that are new, and of seeded factors.
 
     Raises:
         InputError: a plan or statistics that do not fit the adapter.
@@ -62,10 +83,9 @@ def pack_adapter(
     for number, choice in enumerate(plan.choices):
         if choice.action not in ("keep", "grow") or choice.rank is None:
             continue
-        name, scale = adapter.modules[choice.module].factors, adapter.scale(choice.module) * choice.scale
-        present = adapter.pool[name].rank
-        if choice.rank == present:  # as it is, and shared if it was
-            pool[name] = adapter.pool[name]
+        pointer = adapter.modules[choice.module]
+        if choice.rank == adapter.pool[pointer.factors].rank:  # as it is, and shared if it was
+            pool[pointer.factors] = adapter.pool[pointer.factors]
         else:
             name = choice.module
             pool[name] = (
@@ -73,21 +93,21 @@ def pack_adapter(
                 if choice.action == "keep"
                 else _grown(adapter.factors(name), choice.rank, seed + number)
             )
-        modules[choice.module] = Pointer(name, scale)
-    bases = group_bases(adapter, plan) if share_init == "closed" else {}
+            pointer = Pointer(name, pointer.scale)
+        modules[choice.module] = replace(pointer, scale=pointer.scale * choice.scale)
+    bases = module_bases(adapter, plan, seed) if share_init == "closed" else {}
     for number, (group, rank) in enumerate(sorted(plan.groups.items())):
         members = plan.members(group)
         if group in pool:
             raise InputError(f"plan: the group name {group!r} is taken; choose another")
+        way = plan.way(group)
+        if way != "scale" and share_init != "closed":
+            raise InputError(f"plan: the group {group!r} shares by {way}, which needs --share-init closed")
         if share_init == "closed":
-            q = bases[group]
-            white = torch.eye(q.shape[0], dtype=torch.float64)
-            shared = share(
-                [Member(adapter.factors(m), adapter.scale(m), white if inputs is None else inputs[m]) for m in members],
-                q,
-                rank,
-            )
-            pool[group], scales = shared.factors, dict(zip(members, shared.scales, strict=True))
+            given = {m: _member(adapter, m, bases[m], inputs) for m in members}
+            frozen = _seeded(adapter, plan, group, seed) if way == "vera" else None
+            pool[group], pointers = _closed(group, given, bases, rank, way, frozen)
+            modules |= pointers
         else:
             scores = {c.module: c.score or 0.0 for c in plan.choices}
             source = max(members, key=lambda m: (scores[m], -members.index(m)))
@@ -96,8 +116,7 @@ def pack_adapter(
                 if share_init == "copy"
                 else _fresh(adapter.factors(source), rank, seed + number)
             )
-            scales = {m: adapter.scale(source) for m in members}
-        modules |= {m: Pointer(group, scales[m]) for m in members}
+            modules |= {m: Pointer(group, adapter.scale(source)) for m in members}
     return adapter.with_pool(pool, modules)
 
 
@@ -108,6 +127,38 @@ def best_metric(statistics: Statistics | None) -> Metric:
     if all(m.row_backward is not None for m in statistics.modules.values()):
         return "fisher"
     return "loss" if all(m.backward is not None for m in statistics.modules.values()) else "output"
+
+
+def _member(adapter: Adapter, module: str, q: Tensor, inputs: Mapping[str, Tensor] | None) -> Member:
+    white = torch.eye(q.shape[0], dtype=torch.float64)
+    return Member(adapter.factors(module), adapter.scale(module), white if inputs is None else inputs[module])
+
+
+def _closed(
+    group: str,
+    members: Mapping[str, Member],
+    bases: Mapping[str, Tensor],
+    rank: int,
+    way: Sharing,
+    frozen: Factors | None,
+) -> tuple[Factors, dict[str, Pointer]]:
+    """The least-squares factors of a group, and what each of its modules points to them with."""
+    q, layers = next(bases[m] for m in members), list(members.values())
+    if frozen is not None:
+        alone = {m: fit_frozen(member, bases[m], frozen) for m, member in members.items()}
+        return frozen, {m: f.pointer(group, 0) for m, f in alone.items()}
+    if way == "scale":
+        shared = share(layers, q, rank)
+        return shared.factors, {m: Pointer(group, s) for m, s in zip(members, shared.scales, strict=True)}
+    fitted = fit(layers, q, rank, way)
+    return fitted.factors, {m: fitted.pointer(group, number) for number, m in enumerate(members)}
+
+
+def _seeded(adapter: Adapter, plan: Plan, group: str, seed: int) -> Factors:
+    like = adapter.factors(plan.members(group)[0])
+    seed %= SEEDS  # a negative one too
+    a, b = seeded(seed, plan.groups[group], like.shape, like.A.dtype)
+    return Factors(a, b, seed=seed)
 
 
 def _cut(adapter: Adapter, module: str, rank: int, statistics: Statistics | None, metric: Metric) -> Factors:

@@ -30,7 +30,11 @@ def store_adapter(adapter: Adapter, store: Store | None) -> Adapter:
         return adapter
 
     def stored(name: str, factors: Factors) -> Factors:
-        if factors.kind != "linear" or (factors.codes is not None and factors.codes.store == store):
+        if (
+            factors.kind != "linear"
+            or factors.seed is not None
+            or (factors.codes is not None and factors.codes.store == store)
+        ):
             return factors
         if store == "int8" or store == "int4":
             return quantised(factors, store)

@@ -13,7 +13,7 @@ from lorapack.core.adapter import Adapter, Factors, Kind, Pointer
 from lorapack.core.codes import Codes
 from lorapack.core.names import PREFIX
 from lorapack.errors import InputError
-from lorapack.read.compact import manifest, unfold
+from lorapack.read.compact import Form, manifest, unfold
 from lorapack.read.config import COMPACT_TYPE, LoraSettings, check_config
 from lorapack.read.files import read_bin, read_json, read_safetensors
 from lorapack.read.stored import unstored
@@ -44,11 +44,13 @@ def read_adapter(directory: str | Path) -> Adapter:
     tensors, where = read_tensors(directory)
     shared: dict[str, list[str]] = {}
     codes: dict[str, Codes] = {}
+    forms: dict[str, Form] = {}
     if config["peft_type"] == COMPACT_TYPE:
         entry = manifest(config, where)
         tensors, codes = unstored(entry.stored, entry.shared, tensors, where)
         tensors, shared = unfold(config, tensors, where)
-    adapter = from_tensors(config, settings, tensors, shared, where)
+        forms = entry.forms
+    adapter = from_tensors(config, settings, tensors, shared, where, forms)
     pool = {name: replace(f, codes=codes.get(name)) for name, f in adapter.pool.items()}
     return adapter.with_pool(pool, adapter.modules)
 
@@ -68,6 +70,7 @@ def from_tensors(
     tensors: Mapping[str, Tensor],
     shared: Mapping[str, list[str]],
     where: str,
+    forms: Mapping[str, Form] | None = None,
 ) -> Adapter:
     """Pair up the A's and B's and give each module its scale.
 
@@ -77,17 +80,27 @@ def from_tensors(
         tensors: by PEFT's names; the tensors of a group stand under ``group.lora_A.weight``.
         shared: group to the modules that point to it.
         where: the file, for messages.
+        forms: of the groups, where layers have more than a scale of their own.
 
     Raises:
         InputError: names the module.
     """
+    own = {
+        f"{PREFIX}{module}.{place}"
+        for group, form in (forms or {}).items()
+        for module in shared[group]
+        for place in form.parts.values()
+    }
     pairs: dict[str, dict[str, Tensor]] = {}
     carried: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{where}: {name} holds NaN or infinite numbers")
         match = _LORA.match(name)
-        if match:
+        if name in own:
+            if not tensor.is_floating_point():
+                raise InputError(f"{where}: {name} is stored as {tensor.dtype}; quantised adapters are not read")
+        elif match:
             pairs.setdefault(match["module"], {})[match["part"]] = tensor
         elif "lora_magnitude_vector" in name:
             raise InputError(f"{where}: {name} belongs to DoRA, which cannot be compressed yet")
@@ -101,10 +114,17 @@ def from_tensors(
     modules: dict[str, Pointer] = {}
     for stem, parts in pairs.items():
         if stem in shared:
-            pool[stem] = _pair(stem, parts, where)
+            form = (forms or {}).get(stem, Form())
+            seed = form.seeded.seed if form.seeded else None
+            pool[stem] = replace(_pair(stem, parts, where), seed=seed)
             for module in shared[stem]:
                 _check_rank(settings, module, pool[stem].rank, where)
-                modules[module] = Pointer(stem, settings.scale(module, pool[stem].rank))
+                core, output = (tensors.get(f"{PREFIX}{module}.{place}") for place in ("lora_A.core", "lora_B.output"))
+                modules[module] = Pointer(stem, settings.scale(module, pool[stem].rank), core, output)
+                if core is not None and modules[module].form[0] != form.core:
+                    raise InputError(
+                        f"{where}: {module} has a core of {core.ndim} dimensions, which {CONFIG} calls {form.core}"
+                    )
             continue
         if not stem.startswith(PREFIX):
             raise InputError(f"{where}: {stem} does not begin with {PREFIX!r}, so PEFT would not find its module")

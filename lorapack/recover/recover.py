@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorapack.core.adapter import Adapter, Factors
+from lorapack.core.adapter import Adapter
 from lorapack.data.batches import Batch, batches, training_batches
 from lorapack.data.encode import Encoded
 from lorapack.errors import InputError
 from lorapack.model.forward import divergences, losses, predict
 from lorapack.model.load import Loaded
-from lorapack.model.point import Placed, place, point
+from lorapack.model.point import Placed, place, point, taken
 
 Objective = Literal["kl", "task"]
 CHECKS = 6  # how often the selection rows are looked at
@@ -81,12 +81,13 @@ def recover(
         InputError: the loss is not a finite number.
     """
     teacher, student = place(original, loaded.device), place(packed, loaded.device, trainable=True)
-    parameters = [p for pair in student.pairs.values() for p in pair]
+    trained = student.trained()
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
     held = batches(selection, loaded.tokens_with_logits(batch_tokens), loaded.pad)
 
-    dtypes = [t.dtype for name in student.pairs for t in (packed.pool[name].A, packed.pool[name].B)]
+    dtypes = [getattr(packed.pool[n] if part in ("A", "B") else packed.modules[n], part).dtype for n, part in trained]
 
     def check() -> float:
         exact = _state(parameters)
@@ -123,7 +124,7 @@ def recover(
                 optimizer.state.clear()
     _restore(parameters, state)
     record = Recovery(objective, step, best, learning_rate, batch_size, tuple(curve))
-    return _adapter(packed, student) if best else packed, record
+    return taken(packed, student) if best else packed, record
 
 
 def _objective(loaded: Loaded, teacher: Placed, student: Placed, batch: Batch, objective: Objective) -> Tensor:
@@ -145,12 +146,3 @@ def _restore(parameters: Sequence[nn.Parameter], state: Sequence[Tensor]) -> Non
     with torch.no_grad():
         for parameter, value in zip(parameters, state, strict=True):
             parameter.copy_(value)
-
-
-def _adapter(packed: Adapter, student: Placed) -> Adapter:
-    """The trained factors in the dtype of the checkpoint."""
-    pool = dict(packed.pool)
-    for name, (a, b) in student.pairs.items():
-        old = pool[name]
-        pool[name] = Factors(a.detach().cpu().to(old.A.dtype), b.detach().cpu().to(old.B.dtype))
-    return replace(packed, pool=pool)

@@ -61,6 +61,7 @@ def _compare(written: Adapter, found: Adapter, directory: Path) -> None:
         and all(
             torch.equal(written.factors(m).A, found.factors(m).A)
             and torch.equal(written.factors(m).B, found.factors(m).B)
+            and written.factors(m).seed == found.factors(m).seed
             and abs(written.scale(m) - found.scale(m)) <= 1e-12 * abs(written.scale(m))
             for m in written.modules
         )

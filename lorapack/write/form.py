@@ -26,11 +26,16 @@ def compact_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if groups or stored:
         config["peft_type"] = COMPACT_TYPE
         config["lorapack"] = {"version": VERSION, "shared": {name: groups[name] for name in sorted(groups)}}
+        forms = {name: form for name in sorted(groups) if (form := _form(adapter, name, groups[name][0]))}
+        config["lorapack"] |= {"forms": forms} if forms else {}
     if stored:
         config["lorapack"]["stored"] = stored
     for name, factors in adapter.pool.items():
-        if name in groups and not factors.codes:
+        if name in groups and factors.seed is None and not factors.codes:
             tensors |= {f"{STEM}{name}.A": factors.A, f"{STEM}{name}.B": factors.B}
+    for module, pointer in adapter.modules.items():
+        own = (("core", pointer.core), ("output", pointer.output))
+        tensors |= {f"{STEM}{module}.{part}": tensor for part, tensor in own if tensor is not None}
     for module, pointer in adapter.modules.items():
         if pointer.factors not in groups and module not in codes:
             tensors |= _named(module, adapter.factors(module))
@@ -43,6 +48,17 @@ def peft_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for module in adapter.modules:
         tensors |= {name: tensor.clone() for name, tensor in _named(module, adapter.factors(module)).items()}
     return _config(adapter), tensors
+
+
+def _form(adapter: Adapter, group: str, module: str) -> dict[str, Any]:
+    """What the manifest says of a group beside its modules; nothing where it is a plain pair."""
+    factors, (core, output) = adapter.pool[group], adapter.modules[module].form
+    form: dict[str, Any] = {"core": core} if core else {}
+    form |= {"output": True} if output else {}
+    if factors.seed is not None:
+        form["seeded"] = {"seed": factors.seed, "rank": factors.rank, "shape": list(factors.shape)}
+        form["seeded"] |= {"dtype": str(factors.A.dtype).removeprefix("torch.")}
+    return form
 
 
 def _named(module: str, factors: Factors) -> dict[str, Tensor]:

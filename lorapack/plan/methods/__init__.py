@@ -11,6 +11,8 @@ NAMES = (
     "weightlora",
     "snip",
     "adalora",
+    "tied",
+    "vera",
 )
 
 DEFAULT = "adaptive"
