@@ -27,6 +27,12 @@ def figure(run, arm, budget, steps=0):
     return next(f for f in run["figures"] if (f["arm"], f["budget"], f["recovery"]) == (arm, budget, steps))
 
 
+@pytest.fixture
+def quality(monkeypatch):
+    """The folder's modules can be imported."""
+    monkeypatch.syspath_prepend(str(QUALITY))
+
+
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory):
     """The fixture's task with two arms that there are, one with no plan so small, and one that is not there."""
@@ -34,7 +40,7 @@ def tried(tmp_path_factory):
     arms = ["rank:metric=weight", "lora-drop", "no-such-method"]
     done = command(
         "run.py", "stories260k", 0, "--adapters", folder, "--results", folder / "results", "--budgets", 50, 12.5,
-        "--arms", *arms,
+        "--arms", *arms, "--tested", 30,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return folder
@@ -57,20 +63,43 @@ def test_an_arm_without_a_plan_or_a_method_is_recorded_as_such(tried):
 def test_what_was_run_is_not_run_again(tried):
     path = tried / "results" / "stories260k-0.json"
     before = json.loads(path.read_text())
-    arguments = ("stories260k", 0, "--adapters", tried, "--results", tried / "results", "--budgets", 50)
+    arguments = ("stories260k", 0, "--adapters", tried, "--results", tried / "results", "--budgets", 50, "--tested", 30)
     done = command("run.py", *arguments, "--arms", "rank:metric=weight")
     assert done.returncode == 0, done.stderr
-    assert "rank" not in done.stdout
+    assert "rank:metric" not in done.stdout
     assert json.loads(path.read_text())["measure_seconds"] == before["measure_seconds"]
 
 
-def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, tmp_path):
-    """Two seeds made of one by changing a row's loss: naive means beside what pair.py writes."""
-    sys.path.insert(0, str(QUALITY))
-    try:
-        from pair import pair, read_table, write_table
-    finally:
-        sys.path.remove(str(QUALITY))
+def test_no_row_is_in_two_parts_and_no_meaning_that_was_trained_on_is_tested(tmp_path, quality):
+    from tasks import TASKS
+
+    rows = [{"mr": f"name[{n // 3}]", "ref": f"text {n}"} for n in range(60)]
+    other = [{"mr": f"name[t{n // 3}]", "ref": f"text {n}"} for n in range(30)]
+    folder = tmp_path / "e2e_nlg"
+    folder.mkdir()
+    for name, found in (("validation", rows), ("test", other)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    parts = TASKS["stories15m-e2e"].cut(tmp_path)
+    meanings = {name: [row["prompt"] for row in found] for name, found in parts.items()}
+    assert all(meanings.values())
+    assert not set(meanings["train"]) & set(meanings["data"])
+    assert len(set(meanings["test"])) == len(meanings["test"]) == 10
+    for name in ("sst2", "mrpc", "rte", "cola"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for file in ("train", "test", "validation"):
+            many = [{"sentence": f"{file} {n}", "label": n % 2} for n in range(1500)]
+            (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
+        parts = TASKS[name].cut(tmp_path)
+        texts = [row["sentence"] for found in parts.values() for row in found]
+        assert len(texts) == len(set(texts)) == 3000
+        assert not any(row["sentence"].startswith("train") for row in parts["test"])
+
+
+def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, tmp_path, quality):
+    """Two seeds made of one by changing the losses: naive means beside what pair.py writes."""
+    from pair import pair, read_table, write_table
+
     source = json.loads((tried / "results" / "stories260k-0.json").read_text())
     table = read_table(tried / "scores" / "stories260k-0.npz")
     renamed = {"rank:metric=weight": "adaptive"}

@@ -40,7 +40,6 @@ MOST = 400  # rows of a foreign task
 def main() -> None:
     options = places(__doc__)
     options.add_argument("what", nargs="+", choices=ANALYSES)
-    options.add_argument("--rows", type=int, help="test rows for `scores`, which runs the model once a module")
     options.add_argument("--again", action="store_true")
     given = options.parse_args()
     path = given.results / "analysis" / f"{given.task}-{given.seed}.json"
@@ -52,8 +51,6 @@ def main() -> None:
         if what in result and not given.again:
             continue
         started = time.time()
-        if given.rows and what == "scores":
-            here = replace(here, test=here.test[: given.rows])
         found = ANALYSES[what](here, given)
         seconds = round(time.time() - started, 1)
         result[what] = rounded({"seconds": seconds, "run": run_facts(code()), **found})

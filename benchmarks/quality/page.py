@@ -186,7 +186,7 @@ def section(task: Task) -> str:
     text += (
         f"{recipe.model}, LoRA of rank {recipe.rank} on {one['modules']} modules, {one['parameters']:,} parameters; "
         f"training seeds {', '.join(map(str, task.seeds))}; {one['rows']['calibration']['rows']} rows to measure on, "
-        f"{one['rows']['evaluation']['rows']} test rows.\n\n"
+        f"{one['tested']} test rows.\n\n"
     )
     if full:
         each = [f"{name} {base[name]:.4g} → {value:.4g}" for name, value in full["metrics"].items()]
@@ -210,7 +210,7 @@ def controls(task: Task) -> str:
         if arm in (FULL, HALF) and (steps or arm == HALF):
             name = arm + (f" + {steps} steps on the task's loss" if steps else "")
             metrics = ", ".join(f"{k} {v:.4g}" for k, v in entry["metrics"].items() if k in ("loss", "accuracy"))
-            rows.append([name, f"{budget:g}%", kept_cell(entry), metrics, ", ".join(map(str, entry["seeds"]))])
+            rows.append([name, f"{budget:g}%", kept_cell(entry), metrics, ", ".join(entry["from"])])
     return "\n### Controls\n\n" + table(["", "size", "gain retained", "", "seeds"], rows) if rows else ""
 
 
@@ -285,8 +285,8 @@ def importances(tasks: Sequence[Task]) -> str:
         return ""
     text = (
         "\n## Does the importance depend on the data?\n\nThe paper says so. The same adapter measured on its own "
-        "task's rows and on another's: rank correlation of the importances, and overlap of the sets kept at T=0.9 (1 is "
-        "the same set).\n\n" + table(["adapter of", "rows of", "rank correlation", "overlap"], rows)
+        "task's rows and on another's: rank correlation of the importances, and overlap of the sets kept at T=0.9 "
+        "(1 is the same set).\n\n" + table(["adapter of", "rows of", "rank correlation", "overlap"], rows)
     )
     if between:
         text += "\nAdapters of different tasks on the same base, each on its own rows:\n\n"

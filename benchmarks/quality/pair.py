@@ -46,59 +46,90 @@ def write_table(path: Path, table: Table) -> None:
 
 
 def pair(task: str, results: Path, scored: Path) -> None:
-    tables, seeds = {}, {}
+    tables: dict[int, Table] = {}
+    seeds: dict[int, Any] = {}
     for path in sorted(results.glob(f"{task}-*.json")):
         if found := re.fullmatch(re.escape(task) + r"-(\d+)", path.stem):
-            seed = int(found[1])
-            table = read_table(scored / f"{path.stem}.npz")
-            if table:
-                tables[seed], seeds[seed] = table, read_json(path)
-    if not tables:
+            seeds[int(found[1])] = read_json(path)
+            tables[int(found[1])] = read_table(scored / f"{path.stem}.npz")
+    one = next((table["base"] for table in tables.values() if table), None)
+    if one is None:
         return
+    counts = metrics.resamples(len(one.loss), 0)
     path = results / f"{task}.json"
-    old = {_key(e): e for e in read_json(path)["figures"]} if path.exists() else {}
-    counts = metrics.resamples(len(next(iter(tables.values()))["base"].loss), 0)
-    names = dict.fromkeys(_key(e) for found in seeds.values() for e in found["figures"] if e["status"] == "done")
-    new = {name: _entry(name, seeds, tables, counts) for name in names}
-    whole = old | {k: e for k, e in new.items() if k not in old or len(e["seeds"]) >= len(old[k]["seeds"])}
-    figures = [e for k, e in whole.items() if k in names]
-    claims = {_key(e) + e["second"]: e for e in read_json(path).get("claims", [])} if path.exists() else {}
-    for found in _claims(names, tables, counts):
-        before = claims.get(_key(found) + found["second"])
-        if before is None or len(found["seeds"]) >= len(before["seeds"]):
-            claims[_key(found) + found["second"]] = found
-    result = {"task": task, "resamples": metrics.RESAMPLES, "figures": figures, "claims": list(claims.values())}
+    before = read_json(path) if path.exists() else {"figures": [], "claims": []}
+    done = {s: {_key(e): e for e in r["figures"] if e["status"] == "done"} for s, r in seeds.items()}
+    names = list(dict.fromkeys(name for figures in done.values() for name in figures))
+    figures = [_entry(name, done, tables, counts) for name in names]
+    result = {
+        "task": task,
+        "resamples": metrics.RESAMPLES,
+        "figures": _merged(before["figures"], [e for e in figures if e], done),
+        "claims": _merged(before["claims"], list(_claims(names, done, tables, counts)), done),
+    }
     write_json(path, rounded(result))
 
 
-def _claims(names: Iterable[str], tables: dict[int, Table], counts: Numbers) -> Iterator[dict[str, Any]]:
+Done = dict[int, dict[str, dict[str, Any]]]  # by seed: what is done, by its key
+
+
+def _merged(before: list[Any], now: list[Any], done: Done) -> list[Any]:
+    """What is there now, but an entry of before where it was made from more seeds and still holds."""
+    old = {(e["arm"], e["budget"], e["recovery"], e.get("second")): e for e in before}
+    found = {(e["arm"], e["budget"], e["recovery"], e.get("second")): e for e in now}
+    for place, entry in old.items():
+        holds = all(
+            done.get(int(seed), {}).get(name, {}).get("digest") == digest
+            for seed, made in entry["from"].items()
+            for name, digest in made.items()
+        )
+        if holds and len(entry["from"]) > len(found.get(place, {"from": ()})["from"]):
+            found[place] = entry
+    return list(found.values())
+
+
+def _origin(seeds: Iterable[int], names: Iterable[str], done: Done) -> dict[str, dict[str, str]]:
+    """By seed, the digests of the adapters that an entry is about."""
+    names = list(names)
+    return {str(s): {n: done[s][n]["digest"] for n in names if n in done[s]} for s in seeds}
+
+
+def _claims(names: Iterable[str], done: Done, tables: dict[int, Table], counts: Numbers) -> Iterator[dict[str, Any]]:
     """The pairs of the paper, at every budget where both have a plan."""
     full = f"{FULL} | 100% | 0 steps"
     for first, second in CLAIMS:
         for one in (n for n in names if n.startswith(f"{first} | ")):
             other = one.replace(first, second, 1)
-            both = [s for s in tables if one in tables[s] and other in tables[s]]
+            both = [s for s in tables if {one, other} <= tables[s].keys() & done[s].keys()]
             values = [_values("retained", tables[s], full, one, other, counts) for s in both]
             if both and all(v is not None for v in values):
                 mean = np.mean([v for v in values if v is not None], axis=0)
                 _, budget, steps = one.rsplit(" | ", 2)
                 place = {"budget": float(budget.rstrip("%")), "recovery": int(steps.split()[0])}
                 better = triple(metrics.interval(mean))
-                yield {"arm": first, "second": second, **place, "seeds": both, "better_by": better}
+                yield {
+                    "arm": first,
+                    "second": second,
+                    **place,
+                    "from": _origin(both, (one, other), done),
+                    "better_by": better,
+                }
 
 
 def _key(entry: dict[str, Any]) -> str:
     return f"{entry['arm']} | {entry['budget']:g}% | {entry['recovery']} steps"
 
 
-def _entry(name: str, results: dict[int, Any], tables: dict[int, Table], counts: Numbers) -> dict[str, Any]:
+def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> dict[str, Any] | None:
     """One arm at one budget: means over its seeds, and the difference to the default where both are there."""
-    found = {s: e for s, r in results.items() for e in r["figures"] if _key(e) == name and e["status"] == "done"}
-    first = next(iter(found.values()))
+    have = [s for s in done if name in done[s] and name in tables[s]]
+    if not have:
+        return None
+    found = [done[s][name] for s in have]
+    first = found[0]
     full = f"{FULL} | 100% | 0 steps"
     default = f"{DEFAULT} | {first['budget']:g}% | {first['recovery']} steps"
-    have = [s for s in found if name in tables[s]]
-    both = [s for s in have if default in tables[s]]
+    both = [s for s in have if default in done[s] and default in tables[s]]
     labelled = "accuracy" in first["metrics"]
 
     def mean(kind: str, seeds: list[int], one: str, other: str | None = None) -> list[float | None] | None:
@@ -109,12 +140,12 @@ def _entry(name: str, results: dict[int, Any], tables: dict[int, Table], counts:
 
     return {
         **{k: first[k] for k in ("arm", "budget", "recovery")},
-        "seeds": have,
-        "share": float(np.mean([found[s]["share"] for s in found])),
+        "from": _origin(have, (name, default), done),
+        "share": float(np.mean([e["share"] for e in found])),
         "retained": mean("retained", have, name),
-        "of_seeds": [e["retained"][0] if e["retained"] else None for e in found.values()],
-        "divergence": float(np.mean([e["divergence"][0] if e["divergence"] else np.nan for e in found.values()])),
-        "metrics": {m: float(np.mean([e["metrics"][m][0] for e in found.values()])) for m in first["metrics"]},
+        "of_seeds": [e["retained"][0] if e["retained"] else None for e in found],
+        "divergence": float(np.mean([e["divergence"][0] if e["divergence"] else np.nan for e in found])),
+        "metrics": {m: float(np.mean([e["metrics"][m][0] for e in found])) for m in first["metrics"]},
         "accuracy_to_full": mean("accuracy", have, name, full) if labelled else None,
         "paired_seeds": both,
         "default_better_by": mean("retained", both, default, name) if name != default else None,

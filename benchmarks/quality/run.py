@@ -73,6 +73,8 @@ def main() -> None:
         print(f"{given.task} {given.seed}  {key(entry)}  {entry.get('share', 0):.2%}  {shown}", flush=True)
 
     done = {key(e) for e in result["figures"] if e["status"] == "done"}
+    for name in table.keys() - done - {"base"}:
+        del table[name]
     if "base" not in table or key(control(FULL, 0)) not in done:
         table |= {"base": score_all(here, {"base": None})["base"]}
         keep(control(FULL, 0) | sizes(original, original), score_all(here, {FULL: original})[FULL])
@@ -126,7 +128,7 @@ def opened(path: Path, facts: Mapping[str, Any], again: list[str]) -> dict[str, 
     if not path.exists():
         return {**facts, "runs": [], "figures": []}
     result = read_json(path)
-    for name in ("adapter", "longest"):
+    for name in ("adapter", "longest", "tested"):
         if result[name] != facts[name]:
             sys.exit(f"{path} was made with another {name}; move it away")
     if result["rows"]["evaluation"] != facts["rows"]["evaluation"]:

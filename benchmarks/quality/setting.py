@@ -50,6 +50,7 @@ def places(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--models", type=Path, default=Path("models"), help="the base models")
     found.add_argument("--adapters", type=Path, default=Path("adapters"), help="what train.py wrote")
     found.add_argument("--results", type=Path, default=HERE / "results")
+    found.add_argument("--tested", type=int, help="at most so many test rows, instead of the task's own number")
     found.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     return found
 
@@ -85,6 +86,7 @@ def setting(given: argparse.Namespace, most_recovery: int = 0, sample: str | Non
         seed=seed,
         most_recovery=most_recovery,
     )
+    test = sorted(prepared.evaluation, key=lambda r: r.row)[: given.tested]
     facts = {
         "task": given.task,
         "seed": seed,
@@ -96,10 +98,11 @@ def setting(given: argparse.Namespace, most_recovery: int = 0, sample: str | Non
             part: {"rows": found["rows"], "tokens": found["tokens"], "sha256": sha(found["fingerprints"])}
             for part, found in prepared.facts["parts"].items()
         },
+        "tested": len(test),
         "longest": task.longest,
     }
     job = Job(adapter, loaded, prepared, seed=seed)
-    return Setting(given.task, seed, task, job, sorted(prepared.evaluation, key=lambda r: r.row), files, facts)
+    return Setting(given.task, seed, task, job, test, files, facts)
 
 
 def most_needed(arms: list[tuple[str, dict[str, Any]]]) -> Metric:
