@@ -9,9 +9,9 @@ from typing import Any
 
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.plan import Metric, Plan, check, cuts_ranks, parameters
+from lorapack.core.plan import Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, type_rows
-from lorapack.core.statistics import Statistics, check_fits
+from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
@@ -93,8 +93,7 @@ def compress_adapter(
     Raises:
         InputError: anything given that does not fit, in one line.
     """
-    options = options or {}
-    chosen = chosen_method(method, options)
+    chosen, options = chosen_method(method, options or {})
     _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
@@ -132,7 +131,7 @@ def compress_adapter(
     job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
     with steps.step("measure"):
         if statistics is None:
-            statistics = measure(job, _needed_by(plan, adapter) if plan else chosen.needs(options))
+            statistics = measure(job, {_needed_by(plan, adapter) if plan else chosen.needs(options)})
     search: Search | None = None
     with steps.step("plan"):
         if plan is None and retain is not None:
@@ -221,9 +220,9 @@ def _check_numbers(
         raise InputError("--retain and --budget exclude each other")
 
 
-def _needed_by(plan: Plan, adapter: Adapter) -> Metric:
+def _needed_by(plan: Plan, adapter: Adapter) -> Need:
     """What a given plan needs measured: nothing, unless it cuts ranks."""
-    return (plan.metric or "output") if cuts_ranks(plan, adapter) else "weight"
+    return NEEDED[plan.metric or "output"] if cuts_ranks(plan, adapter) else "nothing"
 
 
 def _check_unseen(statistics: Statistics, prepared: Prepared) -> None:

@@ -1,20 +1,21 @@
 """One adapter on one base with one set of data: what compressing, searching and sweeping have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.plan import Metric, Plan
+from lorapack.core.plan import Plan
 from lorapack.core.report import Quality
-from lorapack.core.statistics import Statistics
+from lorapack.core.statistics import Need, Statistics
 from lorapack.data.batches import Batch, batches
 from lorapack.data.encode import Encoded
 from lorapack.data.prepare import Prepared
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import score
-from lorapack.measure.moments import Average, measure_inputs, measure_moments
+from lorapack.measure.measure import measure_rows
+from lorapack.measure.moments import Average, measure_inputs
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
@@ -63,22 +64,19 @@ class Search:
     tried: tuple[tuple[int, float], ...] = field(default_factory=tuple)
 
 
-def measure(job: Job, needs: Metric) -> Statistics | None:
-    """The statistics that a metric needs, on the calibration rows; None where it needs none."""
-    if needs == "weight":
+def measure(job: Job, needs: Collection[Need]) -> Statistics | None:
+    """What plans need, on the calibration rows; None where they need nothing."""
+    if not set(needs) - {"nothing"}:
         return None
-    point(job.loaded, place(job.adapter, job.loaded.device))
-    return measure_moments(
+    return measure_rows(
         job.loaded,
-        job.adapter.linear,
-        job.watch("measure", job.batches(job.prepared.calibration, logits=needs == "loss")),
-        loss=needs == "loss",
+        job.adapter,
+        job.prepared,
+        needs,
         average=job.average,
-        provenance={
-            "adapter": digest(job.adapter),
-            "base_model": job.loaded.base_model,
-            "data": job.prepared.facts,
-        },
+        seed=job.seed,
+        batch_tokens=job.batch_tokens,
+        watch=job.watch,
     )
 
 
@@ -122,16 +120,15 @@ def plan_budget(budget: str, adapter: Adapter) -> int:
     return int(wanted)
 
 
-def chosen_method(name: str, options: Mapping[str, Any]) -> Method:
-    """A method by its name, its options checked.
+def chosen_method(name: str, options: Mapping[str, Any]) -> tuple[Method, dict[str, Any]]:
+    """A method by its name, and its options as values (they may be given as text).
 
     Raises:
         InputError: there is no such method, or it has no such option.
     """
     if name not in METHODS:
         raise InputError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
-    METHODS[name].check_options(name, options)
-    return METHODS[name]
+    return METHODS[name], METHODS[name].parse(name, options)
 
 
 def plan_adapter(
@@ -154,11 +151,11 @@ def plan_adapter(
     Raises:
         InputError: an unknown method, statistics of another adapter, or what the method refuses.
     """
-    chosen = chosen_method(method, options)
+    chosen, options = chosen_method(method, options)
     measured_on = statistics.provenance.get("adapter") if statistics is not None else None
     if measured_on not in (None, digest(adapter)):
         raise InputError("the statistics were measured on another adapter; measure this one")
-    if statistics is None and chosen.needs(options) != "weight":
+    if statistics is None and chosen.needs(options) != "nothing":
         raise InputError(f"{method} needs measurements: give --data, or --statistics from `lorapack measure`")
     limit = plan_budget(budget, adapter) if budget is not None else None
     return chosen.run(adapter, statistics, limit, options)

@@ -6,7 +6,6 @@ from typing import Any
 
 from lorapack.core.adapter import Adapter, size
 from lorapack.core.report import Quality
-from lorapack.core.statistics import Statistics
 from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
@@ -14,6 +13,7 @@ from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budg
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
+from lorapack.plan import METHODS
 from lorapack.recover import recover
 from lorapack.watch import Watch, unwatched
 
@@ -41,23 +41,19 @@ class Point:
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """``rank:metric=weight,allocation=uniform`` as name and options, numbers as numbers.
+    """``rank:metric=weight,allocation=uniform`` as name and options.
 
     Raises:
         InputError: no such method or option, or not of this form.
     """
     name, _, rest = text.partition(":")
-    options: dict[str, Any] = {}
+    options: dict[str, str] = {}
     for pair in rest.split(",") if rest else ():
         key, equals, value = pair.partition("=")
         if not equals:
             raise InputError(f"--method {text!r}: write name:option=value,option=value")
-        try:
-            options[key.strip().replace("-", "_")] = float(value)
-        except ValueError:
-            options[key.strip().replace("-", "_")] = value.strip()
-    chosen_method(name, options)
-    return name, options
+        options[key.strip().replace("-", "_")] = value.strip()
+    return name, chosen_method(name, options)[1]
 
 
 def sweep_adapter(
@@ -108,16 +104,13 @@ def sweep_adapter(
         most_recovery=recover_steps * batch_size,
     )
     job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
-    needed = {chosen_method(name, options).needs(options) for _, name, options in chosen}
-    # the backward pass measures what the forward pass does, and more
-    most = next(metric for metric in ("loss", "output", "weight") if metric in needed)
-    statistics: Statistics | None = measure(job, most)
+    statistics = measure(job, {METHODS[name].needs(options) for _, name, options in chosen})
     whole = size(adapter).parameters
     points = []
     for text, name, options in chosen:
         for budget, limit in limits:
             try:
-                plan = chosen_method(name, options).run(adapter, statistics, limit, options)
+                plan = METHODS[name].run(adapter, statistics, limit, options)
             except InputError as error:
                 points.append(Point(text, budget, 0, 0.0, None, str(error)))
                 continue

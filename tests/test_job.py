@@ -30,8 +30,8 @@ def job(adapter):
 
 
 def test_the_smallest_plan_keeps_the_share_and_a_slightly_smaller_one_does_not(job, adapter):
-    method, share = chosen_method("rank", {}), 0.6
-    statistics = measure(job, "loss")
+    method, share = chosen_method("rank", {})[0], 0.6
+    statistics = measure(job, {"backward"})
     plan, search = smallest_plan(job, statistics, method, {}, share)
     found = figures(job, job.prepared.selection, packed(job, plan, statistics)).retained
     assert found.low >= share
@@ -44,7 +44,7 @@ def test_the_smallest_plan_keeps_the_share_and_a_slightly_smaller_one_does_not(j
 
 def test_a_share_that_even_the_whole_adapter_does_not_keep_is_refused(job):
     with pytest.raises(InputError, match="even the whole adapter"):
-        smallest_plan(job, measure(job, "output"), chosen_method("lora-drop", {}), {}, 1.5)
+        smallest_plan(job, measure(job, {"forward"}), chosen_method("lora-drop", {})[0], {}, 1.5)
 
 
 def test_a_sweep_keeps_to_the_budgets_and_says_what_is_too_small(adapter):

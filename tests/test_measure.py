@@ -176,6 +176,26 @@ def test_backward_and_cross_moments_are_the_products_of_plain_derivatives(case, 
         assert moments.backward.any()
 
 
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_the_fisher_sides_are_sums_over_rows_and_over_tokens(case, average):
+    """With D = u h^T: sums of D^T A A^T D and D B^T B D^T, for each token alone and for each row's sum."""
+    found = measure_moments(case.loaded, case.adapter.linear, case.batches, loss=True, average=average)
+    seen = derivatives_seen(case, case.adapter.linear)
+    for m, moments in found.modules.items():
+        a, b = (t.double() for t in (case.adapter.factors(m).A, case.adapter.factors(m).B))
+        sums = dict.fromkeys(("row_forward", "row_backward", "token_forward", "token_backward"), 0)
+        for h, u in seen[m]:
+            weight = 1 if average == "token" or len(h) == 1 else 1 / len(h)
+            each = [torch.outer(d, x) for x, d in zip(h, u, strict=True)]
+            for kind, products in (("token", each), ("row", [sum(each)])):
+                for product in products:
+                    sums[f"{kind}_forward"] += weight * product.T @ a @ a.T @ product
+                    sums[f"{kind}_backward"] += weight * product @ b.T @ b @ product.T
+        for part, value in sums.items():
+            same(getattr(moments, part), value, 1e-5)
+            assert value.any()
+
+
 def test_measuring_with_the_loss_gives_the_same_forward_moments_and_leaves_no_gradient(case):
     plain = measure_moments(case.loaded, case.adapter.linear, case.batches)
     both = measure_moments(case.loaded, case.adapter.linear, case.batches, loss=True)

@@ -14,7 +14,7 @@ from lorapack.core.statistics import Moments, Statistics
 from lorapack.errors import InputError
 from lorapack.pack.pack import group_bases, pack_adapter
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import truncate
+from lorapack.pack.truncate import atoms, truncate
 
 METRICS = ("weight", "output", "loss")
 seeds = st.integers(0, 10**6)
@@ -61,6 +61,24 @@ def moments(factors, x, g):
 def seen(update, metric, x, g):
     """What an update does as far as the metric looks: all of it, its outputs, or those times every g."""
     return {"weight": update, "output": update @ x.T, "loss": g @ update @ x.T}[metric]
+
+
+@given(pairs())
+def test_the_fisher_metric_is_a_kronecker_product_of_two_means(pair):
+    """Its atoms are those of `loss` for the means of the two sides, each in units of its own trace."""
+    factors, x, g = pair
+    one, two = moments(factors, x, g), moments(factors, x[::2], g[::2])
+    both = Moments(one.forward, None, None, one.forward, one.backward, two.forward, two.backward)
+    inside = factors.A @ factors.A.T
+    first, second = (float((inside * m.backward).sum()) or 1.0 for m in (one, two))
+    mean = Moments(
+        (one.forward / first + two.forward / second) / 2,
+        (one.backward / first + two.backward / second) * (first + second) / 4,
+    )
+    b, a, shares = atoms(factors, "loss", mean)
+    c, d, found = atoms(factors, "fisher", both)
+    assert found.tolist() == pytest.approx(shares.tolist(), rel=1e-9, abs=1e-12 * float(shares.sum()))
+    assert torch.allclose(b @ a, c @ d, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("metric", METRICS)

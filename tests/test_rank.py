@@ -137,7 +137,7 @@ def test_what_a_method_lacks_is_said():
     with pytest.raises(InputError, match="too small: one rank of one module takes 14"):
         METHODS["rank"].run(adapter, statistics, 13, {})
     with pytest.raises(InputError, match="lora-drop has no --metric; it has --threshold"):
-        METHODS["lora-drop"].check_options("lora-drop", {"metric": "loss"})
+        METHODS["lora-drop"].parse("lora-drop", {"metric": "loss"})
     forward = Statistics({m: Moments(s.forward) for m, s in statistics.modules.items()}, 50.0, 50, 5, "token", {})
-    with pytest.raises(InputError, match="measure with --loss"):
+    with pytest.raises(InputError, match="measure --method rank"):
         METHODS["rank"].run(adapter, forward, 1000, {"metric": "loss"})

@@ -7,7 +7,7 @@ import click
 from lorapack.cli import options
 
 
-@click.command()
+@click.command(cls=options.MethodCommand)
 @options.ADAPTER
 @click.option("--data", metavar="FILE", help=options.ROWS + " Only methods that measure nothing go without.")
 @options.COLUMNS
@@ -50,6 +50,7 @@ def compress(
     statistics_file: str | None,
     revision: str | None,
     as_json: bool,
+    method_options: dict[str, str],
     **settings: Any,
 ) -> None:
     """Make ADAPTER smaller: measure, plan, pack, recover, evaluate, write.
@@ -79,7 +80,7 @@ def compress(
             name=Path(adapter).name,
             plan=read_plan(plan_file) if plan_file else None,
             statistics=read_statistics(statistics_file) if statistics_file else None,
-            options=options.take_method_options(settings),
+            options=method_options,
             watch=watch,
             **settings,
         )

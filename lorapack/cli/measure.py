@@ -7,21 +7,30 @@ import click
 from lorapack.cli import options
 
 
-@click.command()
+@click.command(cls=options.MethodCommand)
 @options.ADAPTER
 @options.DATA
 @click.option(
     "-o", "--out", default="statistics.safetensors", show_default=True, metavar="FILE", help="Where to write."
 )
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--loss", is_flag=True, help="Also measure how much the loss cares (a backward pass).")
+@click.option("--method", default="lora-drop", show_default=True, help="Measure what this method needs.")
 @options.SAMPLE
 @options.AVERAGE
 @options.SEED
 @options.MODEL
 @options.REVISION
-def measure(adapter: str, data: str, out: str, overwrite: bool, revision: str | None, **settings: Any) -> None:
-    """Measure the low-rank outputs of ADAPTER on the calibration part of some data.
+def measure(
+    adapter: str,
+    data: str,
+    out: str,
+    overwrite: bool,
+    method: str,
+    method_options: dict[str, str],
+    revision: str | None,
+    **settings: Any,
+) -> None:
+    """Measure what a method needs to know of ADAPTER on the calibration part of some data.
 
     What is written can be given to `lorapack plan` and `lorapack compress --statistics`.
     """
@@ -30,11 +39,13 @@ def measure(adapter: str, data: str, out: str, overwrite: bool, revision: str | 
     from lorapack.cli.show import console, table
     from lorapack.core.statistics import output_norms
     from lorapack.hub import read_adapter
+    from lorapack.job import chosen_method
     from lorapack.measure import measure_adapter
 
     refuse_existing(out, overwrite, adapter, data, settings["base"])
+    chosen, chosen_options = chosen_method(method, method_options)
     source = read_adapter(adapter, revision)
-    statistics = measure_adapter(source, data, watch=watch, **settings)
+    statistics = measure_adapter(source, data, needs=chosen.needs(chosen_options), watch=watch, **settings)
     write_statistics(statistics, out, overwrite)
     norms = table("Output norms", "module", "E||s B A x||²")
     for module, norm in output_norms(source, statistics).items():

@@ -8,10 +8,20 @@ def methods() -> None:
     """List the methods of `--method`, with their options and what they measure."""
     from lorapack.cli.show import console, table
     from lorapack.plan import METHODS
+    from lorapack.plan.method import flag
 
     rows = table("Methods", "name", "what", "options", "measures", left=4)
+    measures = {
+        "nothing": "nothing",
+        "forward": "a forward pass",
+        "backward": "a backward pass",
+        "gradients": "two backward passes",
+        "omega": "a backward pass, and learns",
+    }
     for name, method in METHODS.items():
-        options = " ".join(f"--{o.replace('_', '-')} {default}" for o, default in method.options.items())
-        measures = {"weight": "nothing", "output": "a forward pass", "loss": "a backward pass"}[method.needs({})]
-        rows.add_row(name, method.summary, options, measures)
+        options = "\n".join(
+            " ".join((flag(o), "|".join(option.choices) or option.kind.__name__, f"[{option.default}]"))
+            for o, option in method.options.items()
+        )
+        rows.add_row(name, method.summary, options, measures[method.needs({})])
     console().print(rows)

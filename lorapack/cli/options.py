@@ -79,23 +79,36 @@ AVERAGE = click.option(
     help="What weighs the same in the statistics: each token or each row.",
 )
 METHOD = together(
-    click.option("--method", default="lora-drop", show_default=True, help="How to choose what to keep."),
+    click.option(
+        "--method",
+        default="lora-drop",
+        show_default=True,
+        help="How to choose what to keep; `lorapack methods` lists them, and the options that each has of its own.",
+    ),
     click.option("--budget", metavar="N|P%", help="Parameters allowed."),
-    click.option("--threshold", type=float, help="lora-drop: the importance to keep, T.  [default: 0.9]"),
-    click.option(
-        "--metric", type=click.Choice(["weight", "output", "loss"]), help="rank: the error of a cut.  [default: loss]"
-    ),
-    click.option(
-        "--allocation",
-        type=click.Choice(["global", "uniform", "per-module"]),
-        help="rank: how modules share the budget.  [default: global]",
-    ),
-    click.option("--energy", type=float, help="rank, per-module: how much to keep.  [default: 0.99]"),
 )
-METHOD_OPTIONS = ("threshold", "metric", "allocation", "energy")
 
 
-def take_method_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Remove the methods' options from the settings; those that the user gave."""
-    found = {name: settings.pop(name) for name in METHOD_OPTIONS}
-    return {name: value for name, value in found.items() if value is not None}
+class MethodCommand(click.Command):
+    """A command that takes ``--option value`` for whatever options the chosen method has.
+
+    Which those are, the method itself declares, so a new method needs nothing here; they arrive as
+    ``method_options``, still text.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {name for parameter in self.get_params(ctx) for name in (*parameter.opts, *parameter.secondary_opts)}
+        mine, own = [], {}
+        left = iter(args)
+        for arg in left:
+            name, equals, value = arg.partition("=")
+            if not name.startswith("--") or name in known or name == "--":
+                mine.append(arg)
+                continue
+            given = value if equals else next(left, None)
+            if given is None:
+                raise InputError(f"{name} is no option of this command; one of the method needs a value: {name} VALUE")
+            own[name[2:].replace("-", "_")] = given
+        rest = super().parse_args(ctx, mine)
+        ctx.params["method_options"] = own
+        return rest

@@ -1,13 +1,11 @@
 """`lorapack plan`."""
 
-from typing import Any
-
 import click
 
 from lorapack.cli import options
 
 
-@click.command()
+@click.command(cls=options.MethodCommand)
 @options.ADAPTER
 @click.option("--statistics", "statistics_file", metavar="FILE", help="What `lorapack measure` wrote.")
 @click.option("-o", "--out", default="plan.json", show_default=True, metavar="FILE", help="Where to write.")
@@ -22,7 +20,7 @@ def plan(
     method: str,
     budget: str | None,
     revision: str | None,
-    **settings: Any,
+    method_options: dict[str, str],
 ) -> None:
     """Decide what to keep of ADAPTER, and write it down.
 
@@ -37,9 +35,8 @@ def plan(
 
     refuse_existing(out, overwrite, adapter, statistics_file)
     source = read_adapter(adapter, revision)
-    chosen = options.take_method_options(settings)
     statistics = read_statistics(statistics_file) if statistics_file else None
-    made = plan_adapter(source, statistics, method, budget=budget, **chosen)
+    made = plan_adapter(source, statistics, method, budget=budget, **method_options)
     write_plan(made, out, overwrite)
     print_plan(made, parameters(made, source), size(source).parameters)
     click.echo(f"Wrote {out}")

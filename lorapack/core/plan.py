@@ -1,6 +1,7 @@
 """A plan: what happens to each module. Written by a method, editable by hand, obeyed by `pack`."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -10,8 +11,8 @@ from lorapack.core.adapter import Adapter
 from lorapack.errors import InputError
 
 VERSION = 1
-Metric = Literal["weight", "output", "loss"]
-Action = Literal["keep", "share", "drop"]
+Metric = Literal["weight", "output", "loss", "fisher"]
+Action = Literal["keep", "grow", "share", "drop"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Choice:
 
     Attributes:
         module: its name in the base model.
-        action: ``keep`` its own factors at `rank`, ``share`` the factors of `group`, or ``drop`` it.
-        rank: with ``keep``, 1 to its present rank.
+        action: ``keep`` its own factors at `rank`, let them ``grow`` to `rank`, by rows that change
+            nothing until they are trained, ``share`` the factors of `group`, or ``drop`` it.
+        rank: with ``keep``, 1 to its present rank; with ``grow``, above it, to what its shape can hold.
         group: with ``share``, a key of `Plan.groups`.
         score: what the method decided on (for lora-drop the normalised importance).
         reason: one phrase for the reader.
+        scale: with ``keep`` and ``grow``, a factor on the module's update.
     """
 
     module: str
@@ -33,6 +36,7 @@ class Choice:
     group: str | None = None
     score: float | None = None
     reason: str = ""
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def parameters(plan: Plan, adapter: Adapter) -> int:
 
     kept: dict[str, int] = {}
     for choice in plan.choices:
-        if choice.action == "keep" and choice.rank is not None:
-            own = choice.rank < adapter.factors(choice.module).rank
+        if choice.action in ("keep", "grow") and choice.rank is not None:
+            own = choice.rank != adapter.factors(choice.module).rank
             kept[choice.module if own else adapter.modules[choice.module].factors] = pair(choice.module, choice.rank)
     return sum(kept.values()) + sum(pair(plan.members(group)[0], rank) for group, rank in plan.groups.items())
 
@@ -99,10 +103,14 @@ def check(plan: Plan, adapter: Adapter) -> None:
     if missing := [module for module in adapter.linear if module not in said]:
         raise InputError(f"plan: nothing is said of {missing[0]}" + _more(missing))
     for choice in plan.choices:
-        if choice.action == "keep":
-            rank = adapter.factors(choice.module).rank
-            if choice.rank is None or not 1 <= choice.rank <= rank:
-                raise InputError(f"plan: {choice.module} keeps rank {choice.rank}, possible are 1 to {rank}")
+        if choice.action in ("keep", "grow"):
+            rank, shape = adapter.factors(choice.module).rank, adapter.factors(choice.module).shape
+            least, most = (1, rank) if choice.action == "keep" else (rank + 1, min(shape))
+            if choice.rank is None or not least <= choice.rank <= most:
+                does = "keeps" if choice.action == "keep" else "grows to"
+                raise InputError(f"plan: {choice.module} {does} rank {choice.rank}, possible are {least} to {most}")
+            if not math.isfinite(choice.scale):
+                raise InputError(f"plan: the scale {choice.scale} of {choice.module} is no finite number")
             if choice.group is not None:
                 raise InputError(f"plan: {choice.module} keeps its own factors and names a group; one of the two")
         elif choice.action == "share":

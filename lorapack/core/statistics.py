@@ -4,39 +4,70 @@ With ``h = A x`` (r numbers a token) and ``u = dloss/dh``, the sums over tokens
 
     forward = sum w h h^T        backward = sum w u u^T        cross = sum w u h^T
 
-determine everything the plans need, and nothing of size d x d is stored. They are *sums*: the
-statistics of two shards of the data add up to the statistics of the whole.
+determine what most plans need, and nothing of size d x d is stored. They are *sums*: the
+statistics of two shards of the data add up to the statistics of the whole. Some methods want more,
+see `Need`.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter
+from lorapack.core.plan import Metric
 from lorapack.errors import InputError
 
 VERSION = 1
-PARTS = ("forward", "backward", "cross")
+Need = Literal["nothing", "forward", "backward", "gradients", "omega"]
+"""What a plan wants measured: the forward moments; the backward ones as well; besides, the gradients of the
+factors; besides the moments, the learnt weights of whole modules."""
+NEEDED: dict[Metric, Need] = {
+    "weight": "nothing",
+    "output": "forward",
+    "loss": "backward",
+    "fisher": "backward",
+}
+"""What a metric needs."""
+_SQUARE = ("forward", "backward", "cross", "row_forward", "row_backward", "token_forward", "token_backward")
+_SUMS = (*_SQUARE, "taylor_a", "taylor_b")
+PARTS = (*_SUMS, "triplets", "omega")
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over calibration tokens for one module, each (rank, rank) float64.
+    """What was measured of one module, float64; None what was not.
 
     Attributes:
-        forward: sum of ``w h h^T`` with ``h = A x``.
-        backward: sum of ``w u u^T`` with ``u = dloss/dh``; None where no loss was computed.
-        cross: sum of ``w u h^T``; None likewise. Its trace is the loss's derivative by the
-            module's output scale.
+        forward: (r, r) sum over calibration tokens of ``w h h^T`` with ``h = A x``.
+        backward: (r, r) sum of ``w u u^T`` with ``u = dloss/dh``.
+        cross: (r, r) sum of ``w u h^T``. Its trace is the loss's derivative by the module's output
+            scale.
+        row_forward, row_backward: (r, r) sums over rows of ``w D^T (A A^T) D`` and
+            ``w D (B^T B) D^T`` with the row's ``D = sum u h^T``: the two sides of the
+            Kronecker-factored Fisher matrix of the update.
+        token_forward, token_backward: the same with each token's ``D = u h^T``, summed over tokens.
+        taylor_a, taylor_b: (r, d_in) and (d_out, r), sums of ``theta * dloss/dtheta`` for the
+            elements of the `canonical` factors.
+        triplets: (r,) AdaLoRA's importance of each singular triplet, the largest singular value first.
+        omega: (n,) the learnt weight of the module's output, one for each entry of
+            ``provenance["omega"]``, the numbers of modules that were allowed a weight.
     """
 
     forward: Tensor
     backward: Tensor | None = None
     cross: Tensor | None = None
+    row_forward: Tensor | None = None
+    row_backward: Tensor | None = None
+    token_forward: Tensor | None = None
+    token_backward: Tensor | None = None
+    taylor_a: Tensor | None = None
+    taylor_b: Tensor | None = None
+    triplets: Tensor | None = None
+    omega: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +95,14 @@ class Statistics:
         """E[h h^T], (rank, rank) float64."""
         return self.modules[module].forward / self.weight
 
+    def having(self, parts: Mapping[str, Mapping[str, Tensor]], **provenance: Any) -> "Statistics":
+        """The same with further parts of each module's `Moments`, and further facts."""
+        modules = {module: replace(moments, **parts[module]) for module, moments in self.modules.items()}
+        return replace(self, modules=modules, provenance={**self.provenance, **provenance})
+
 
 def add(first: Statistics, second: Statistics) -> Statistics:
-    """The statistics of both shards together.
+    """The statistics of both shards together: of their sums; what is learnt (triplets, omega) does not add.
 
     Raises:
         InputError: they are of different modules, adapters, bases or averages.
@@ -87,8 +123,7 @@ def add(first: Statistics, second: Statistics) -> Statistics:
         modules={
             name: Moments(
                 a.forward + second.modules[name].forward,
-                total(a.backward, second.modules[name].backward),
-                total(a.cross, second.modules[name].cross),
+                **{part: total(getattr(a, part), getattr(second.modules[name], part)) for part in _SUMS[1:]},
             )
             for name, a in first.modules.items()
         },
@@ -126,6 +161,11 @@ def check_fits(statistics: Statistics, adapter: Adapter) -> None:
         rank, measured = adapter.factors(module).rank, statistics.modules[module].forward.shape[0]
         if rank != measured:
             raise InputError(f"the statistics of {module} are of rank {measured}, the adapter's is {rank}")
+        d_out, d_in = adapter.factors(module).shape
+        for part, shape in (("taylor_a", (rank, d_in)), ("taylor_b", (d_out, rank)), ("triplets", (rank,))):
+            found = getattr(statistics.modules[module], part)
+            if found is not None and tuple(found.shape) != shape:
+                raise InputError(f"the statistic {part} of {module} is {tuple(found.shape)}, the adapter wants {shape}")
 
 
 def to_tensors(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -163,8 +203,10 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
             module, _, part = name.rpartition(".")
             if part not in PARTS or not module:
                 raise InputError(f"statistics hold {name!r}, which is no moment")
-            if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1] or not torch.isfinite(tensor).all():
-                raise InputError(f"the moment {name!r} is not a square matrix of finite numbers")
+            if not torch.isfinite(tensor).all():
+                raise InputError(f"the statistic {name!r} has numbers that are not finite")
+            if part in _SQUARE and (tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]):
+                raise InputError(f"the moment {name!r} is not a square matrix")
             parts.setdefault(module, {})[part] = tensor.double()
         for module, found in parts.items():
             if "forward" not in found:

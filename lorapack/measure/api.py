@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from lorapack.core.adapter import Adapter, digest
-from lorapack.core.statistics import Statistics
-from lorapack.data.batches import batches
+from lorapack.core.adapter import Adapter
+from lorapack.core.statistics import Need, Statistics
 from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
-from lorapack.measure.moments import Average, measure_moments
+from lorapack.measure.measure import measure_rows
+from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.watch import Watch, unwatched
 
@@ -20,7 +20,7 @@ def measure_adapter(
     columns: Mapping[str, str] | None = None,
     sample: str = SAMPLE,
     seed: int = 0,
-    loss: bool = False,
+    needs: Need = "backward",
     average: Average = "token",
     max_length: int | None = None,
     batch_tokens: int = 4096,
@@ -41,7 +41,7 @@ def measure_adapter(
         columns: role to column, where the usual names do not fit.
         sample: how much of the data to calibrate on, ``"20%"`` or a number of rows.
         seed: of the cut.
-        loss: also the backward moments (a backward pass).
+        needs: what to measure, see `lorapack.core.statistics.Need`; `Method.needs` tells what a method wants.
         average: each token weighs 1, or each row does.
         max_length: tokens a row; batch_tokens: tokens a batch.
         device, dtype, trust_remote_code: see `lorapack.model.load.load`.
@@ -52,17 +52,6 @@ def measure_adapter(
     """
     loaded = load(adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code)
     prepared = prepare(loaded.reader, data, columns=columns, sample=sample, seed=seed, most_recovery=0)
-    rows = prepared.calibration
-    return measure_moments(
-        loaded,
-        adapter.linear,
-        watch("measure", batches(rows, loaded.tokens_with_logits(batch_tokens) if loss else batch_tokens, loaded.pad)),
-        loss=loss,
-        average=average,
-        provenance={
-            "adapter": digest(adapter),
-            "base_model": loaded.base_model,
-            "data": prepared.facts,
-            "loss": loss,
-        },
+    return measure_rows(
+        loaded, adapter, prepared, {needs}, average=average, seed=seed, batch_tokens=batch_tokens, watch=watch
     )

@@ -21,11 +21,13 @@ class _Weights:
 
     mask: Tensor
     values: Tensor
+    of_row: Tensor
 
     def set(self, batch: Batch, average: Average) -> None:
         self.mask = batch.attention_mask.bool()
         lengths = batch.attention_mask.sum(dim=1, keepdim=True).double()
         each = torch.ones_like(lengths) if average == "token" else 1 / lengths
+        self.of_row = each
         self.values = each.expand_as(self.mask)[self.mask]
 
     def pick(self, module: str, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,6 +44,14 @@ class _Weights:
                 "so padding cannot be told apart; it cannot be measured"
             )
         return values.detach()[self.mask].double(), self.values[:, None]
+
+    def by_row(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's sum of ``left right^T`` over its tokens, (rows, m, n) float64, and its weight, (rows, 1, 1)."""
+        if left.ndim == 2:
+            return left.detach().double()[:, :, None] * right.detach().double()[:, None, :], self.of_row[:, :, None]
+        hidden = ~self.mask[:, :, None]
+        one, two = (values.detach().double().masked_fill(hidden, 0.0) for values in (left, right))
+        return one.transpose(1, 2) @ two, self.of_row[:, :, None]
 
 
 def measure_moments(
@@ -75,9 +85,17 @@ def measure_moments(
     weights = _Weights()
     weight = tokens = samples = 0.0
 
-    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
-        product = (left * each).T @ right
+    def sum_up(module: str, part: str, product: Tensor) -> None:
         sums[module][part] = product if part not in sums[module] else sums[module][part] + product
+
+    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
+        sum_up(module, part, (left * each).T @ right)
+
+    def gram(module: str) -> tuple[Tensor, Tensor]:
+        """A A^T and B^T B."""
+        layer = loaded.layers[module]
+        a, b = layer.lora_A[NAME].weight.detach().double(), layer.lora_B[NAME].weight.detach().double()
+        return a @ a.T, b.T @ b
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, __: Any, h: Tensor) -> None:
@@ -91,6 +109,12 @@ def measure_moments(
                     found, _ = weights.pick(module, u)
                     add(module, "backward", found, found, each)
                     add(module, "cross", found, seen, each)
+                    inside_a, inside_b = gram(module)
+                    add(module, "token_forward", seen, seen, each * ((found @ inside_a) * found).sum(1, True))
+                    add(module, "token_backward", found, found, each * ((seen @ inside_b) * seen).sum(1, True))
+                    rows, of_row = weights.by_row(u, h)
+                    sum_up(module, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
+                    sum_up(module, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
 
                 h.register_hook(backward)  # type: ignore[no-untyped-call]
 

@@ -32,7 +32,8 @@ def pack_adapter(
     """The adapter that the plan describes.
 
     Kept modules keep their factors bit by bit at full rank and are truncated below it, in the best
-    metric that the statistics allow. Dropped modules are gone. The modules of a group point to one
+    metric that the statistics allow. Those that grow get rows of A like a new LoRA's, and columns of
+    B that are zero. Dropped modules are gone. The modules of a group point to one
     pair of factors: the closed form of `share`, a copy of the most important member's (``copy``;
     by score), or a new start (``fresh``: A random, B zero, as LoRA is initialised).
 
@@ -43,7 +44,7 @@ def pack_adapter(
         inputs: for each module that shares, E[y y^T] in its group's basis (`group_bases`), (q, q);
             without them the inputs are taken as white.
         share_init: where shared factors come from.
-        seed: of ``fresh``.
+        seed: of ``fresh``, and of rows that are new.
 
     Raises:
         InputError: a plan or statistics that do not fit the adapter.
@@ -58,15 +59,21 @@ def pack_adapter(
     carried = {m: p for m, p in adapter.modules.items() if adapter.factors(m).kind != "linear"}
     pool: dict[str, Factors] = {p.factors: adapter.pool[p.factors] for p in carried.values()}
     modules: dict[str, Pointer] = dict(carried)
-    for choice in plan.choices:
-        if choice.action != "keep" or choice.rank is None:
+    for number, choice in enumerate(plan.choices):
+        if choice.action not in ("keep", "grow") or choice.rank is None:
             continue
-        pointer = adapter.modules[choice.module]
-        if choice.rank == adapter.pool[pointer.factors].rank:  # as it is, and shared if it was
-            pool[pointer.factors], modules[choice.module] = adapter.pool[pointer.factors], pointer
+        name, scale = adapter.modules[choice.module].factors, adapter.scale(choice.module) * choice.scale
+        present = adapter.pool[name].rank
+        if choice.rank == present:  # as it is, and shared if it was
+            pool[name] = adapter.pool[name]
         else:
-            pool[choice.module] = _cut(adapter, choice.module, choice.rank, statistics, metric)
-            modules[choice.module] = Pointer(choice.module, pointer.scale)
+            name = choice.module
+            pool[name] = (
+                _cut(adapter, name, choice.rank, statistics, metric)
+                if choice.action == "keep"
+                else _grown(adapter.factors(name), choice.rank, seed + number)
+            )
+        modules[choice.module] = Pointer(name, scale)
     bases = group_bases(adapter, plan) if share_init == "closed" else {}
     for number, (group, rank) in enumerate(sorted(plan.groups.items())):
         members = plan.members(group)
@@ -95,9 +102,11 @@ def pack_adapter(
 
 
 def best_metric(statistics: Statistics | None) -> Metric:
-    """The metric that the statistics allow: ``loss``, else ``output``, else ``weight``."""
+    """The metric that the statistics allow: ``fisher``, else ``loss``, ``output``, ``weight``."""
     if statistics is None:
         return "weight"
+    if all(m.row_backward is not None for m in statistics.modules.values()):
+        return "fisher"
     return "loss" if all(m.backward is not None for m in statistics.modules.values()) else "output"
 
 
@@ -107,6 +116,12 @@ def _cut(adapter: Adapter, module: str, rank: int, statistics: Statistics | None
         return factors
     moments = statistics.modules[module] if statistics is not None else None
     return truncate(factors, rank, metric, moments)[0]
+
+
+def _grown(factors: Factors, rank: int, seed: int) -> Factors:
+    """The same update with room to learn."""
+    new = _fresh(factors, rank - factors.rank, seed)
+    return Factors(torch.cat([factors.A, new.A]), torch.cat([factors.B, new.B], dim=1))
 
 
 def _fresh(like: Factors, rank: int, seed: int) -> Factors:

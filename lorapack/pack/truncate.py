@@ -1,4 +1,4 @@
-"""Cut a pair of factors to a lower rank, in one of three metrics (docs/truncation.md)."""
+"""Cut a pair of factors to a lower rank, in one of four metrics (docs/truncation.md)."""
 
 import torch
 from torch import Tensor
@@ -18,19 +18,26 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
     - ``output``: least E||(BA - B'A')x||^2. With G = E[h h^T] = L L^T, SVD of B L.
     - ``loss``: least E[(u^T (h - h'))^2] where u = dloss/dh is taken as independent of h: with
       M = E[u u^T] = R R^T, SVD of the r x r matrix R^T L.
+    - ``fisher``: least expected square of what the cut does to a row's loss, to first order,
+      E[(sum over the row's tokens of u^T (h - h'))^2], the Fisher matrix taken as a Kronecker
+      product. As in ``loss``, with G and M that know which tokens have a large h and a large u at
+      once, and that a row's tokens add up; this is few rows' noise, so it is averaged with what it
+      were if they did not.
 
     Args:
         factors: A (r, d_in), B (d_out, r), any float dtype; computed in float64.
         metric: which error is least.
-        moments: of this module, as sums or means; needed by ``output`` (forward) and ``loss``
-            (forward and backward). Singular ones are handled in their range.
+        moments: of this module, as sums or means; needed by ``output`` (forward), ``loss`` (forward
+            and backward) and ``fisher``. Singular ones are handled in their range.
 
     Returns:
         B' (d_out, n), A' (n, d_in) and the n atoms' shares of the squared error, falling, all
         float64; ``B' @ A'`` acts as ``B @ A`` wherever the moments have support, and the error of
         the first k atoms is the sum of the shares from k on. n is the numerical rank.
 
-    Source: Eckart-Young in the metric of SVD-LLM (arXiv 2403.07378, section 3) restricted to span(A).
+    Source: Eckart-Young in the metric of SVD-LLM (arXiv 2403.07378, section 3) restricted to span(A);
+    for ``fisher`` the factors of Shampoo (arXiv 1802.09568) in coordinates in which neither A nor B
+    plays a part.
     """
     a, b = factors.A.double(), factors.B.double()
     if metric == "weight":
@@ -39,12 +46,26 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
         u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u * s, vt @ qa.T, s**2
     assert moments is not None
+    if metric == "fisher":
+        assert moments.row_forward is not None and moments.row_backward is not None
+        assert moments.token_forward is not None and moments.token_backward is not None
+        inside = a @ a.T
+        of_row, of_token = (float((inside * m).sum()) or 1.0 for m in (moments.row_backward, moments.token_backward))
+        forward = (moments.row_forward / of_row + moments.token_forward / of_token) / 2
+        backward = (moments.row_backward / of_row + moments.token_backward / of_token) / 2
+        return _kronecker(a, b, forward, backward * (of_row + of_token) / 2)
     left, left_inverse = root(moments.forward)
     if metric == "output":
         u, s, vt = torch.linalg.svd(b @ left, full_matrices=False)
         return u * s, vt @ left_inverse @ a, s**2
     assert moments.backward is not None
-    right, right_inverse = root(moments.backward)
+    return _kronecker(a, b, moments.forward, moments.backward)
+
+
+def _kronecker(a: Tensor, b: Tensor, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Atoms that are best in the metric that the product of the two moments is."""
+    left, left_inverse = root(forward)
+    right, right_inverse = root(backward)
     u, s, vt = torch.linalg.svd(right.T @ left, full_matrices=False)
     return b @ right_inverse.T @ u * s, vt @ left_inverse @ a, s**2
 
@@ -69,6 +90,14 @@ def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | Non
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
     b, a = balanced(b, a)
     return Factors(a.to(factors.A.dtype), b.to(factors.B.dtype)), error
+
+
+def canonical(factors: Factors) -> Factors:
+    """The same update in a basis that the update alone determines: its singular vectors, balanced.
+
+    The atoms' signs are free, and where singular values are equal their order; nothing else is.
+    """
+    return truncate(factors, factors.rank, "weight")[0] if factors.kind == "linear" else factors
 
 
 def balanced(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,16 @@
 """The compression methods. To add one: a file beside this, and its line here (docs/methods/adding.md)."""
 
-from lorapack.plan.method import Method
-from lorapack.plan.methods import lora_drop, rank
+from importlib import import_module
 
-METHODS: dict[str, Method] = {
-    "lora-drop": lora_drop.METHOD,
-    "rank": rank.METHOD,
-}
+from lorapack.plan.method import Method
+
+NAMES = (
+    "adaptive",
+    "lora-drop",
+    "rank",
+    "weightlora",
+    "snip",
+    "adalora",
+)
+
+METHODS: dict[str, Method] = {name: import_module(f"{__name__}.{name.replace('-', '_')}").METHOD for name in NAMES}

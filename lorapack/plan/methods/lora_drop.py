@@ -6,8 +6,10 @@ Source: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation"
 import bisect
 import itertools
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.names import module_type, order
@@ -19,7 +21,21 @@ from lorapack.plan.method import Method
 ROUNDING = 1e-12  # relative
 
 
-def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None, threshold: float = 0.9) -> Plan:
+Select = Literal["importance", "inverse", "random", "top", "bottom"]
+Pruned = Literal["share", "drop"]
+
+
+def plan(
+    adapter: Adapter,
+    statistics: Statistics,
+    *,
+    budget: int | None = None,
+    threshold: float = 0.9,
+    select: Select = "importance",
+    pruned: Pruned = "share",
+    groups: int = 1,
+    seed: int = 0,
+) -> Plan:
     """Plan as the paper does: importance by output norm, per module type, kept from the top.
 
     Importance of a module is E||scale * B A x||^2 divided by the sum over its type. The modules of
@@ -31,29 +47,37 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None,
         adapter: to plan for.
         statistics: measured on it (only the forward moments are used).
         threshold: the paper's T, above 0 and at most 1; the module that crosses it is kept.
+        select: which modules are kept: the most important, or, as many of each type, what the paper
+            compares with: the least important (``inverse``), any (``random``, drawn from `seed`), the
+            upper layers (``top``) or the lower ones (``bottom``).
+        pruned: whether the others ``share`` or are given up (``drop``).
+        groups: at most so many shared adapters a type and shape, for layers that are alike.
         budget: instead of a threshold, the parameters allowed: the largest threshold that fits.
 
     Raises:
         InputError: a threshold outside (0, 1], a budget no threshold fits, or foreign statistics.
     """
     check_fits(statistics, adapter)
+    if groups < 1:
+        raise InputError(f"--groups {groups} must be 1 or more")
     norms = output_norms(adapter, statistics)
+    options = {"average": statistics.average, "select": select, "pruned": pruned, "groups": groups, "seed": seed}
     if budget is None:
         if not 0 < threshold <= 1:
             raise InputError(f"threshold {threshold} is outside (0, 1]")
-        return replace(_at(adapter, norms, threshold, statistics.average), adapter=digest(adapter))
+        return replace(_at(adapter, norms, threshold, options), adapter=digest(adapter))
     thresholds = candidates(adapter, norms)
     if adapter.groups:  # what is shared already is not freed by giving up one of its users: look at every plan
-        plans = (_at(adapter, norms, t, statistics.average) for t in reversed(thresholds))
+        plans = (_at(adapter, norms, t, options) for t in reversed(thresholds))
         found = next((p for p in plans if parameters(p, adapter) <= budget), None)
     else:  # the size never falls as the threshold rises
         last = bisect.bisect_right(
-            thresholds, budget, key=lambda t: parameters(_at(adapter, norms, t, statistics.average), adapter)
+            thresholds, budget, key=lambda t: parameters(_at(adapter, norms, t, options), adapter)
         )
-        found = _at(adapter, norms, thresholds[last - 1], statistics.average) if last else None
+        found = _at(adapter, norms, thresholds[last - 1], options) if last else None
     if found is None:
         whole = size(adapter).parameters
-        least = min(parameters(_at(adapter, norms, t, statistics.average), adapter) for t in thresholds)
+        least = min(parameters(_at(adapter, norms, t, options), adapter) for t in thresholds)
         raise InputError(
             f"a budget of {budget:,} parameters is too small for lora-drop: its smallest plan for this adapter "
             f"has {least:,} ({least / whole:.1%})"
@@ -99,34 +123,97 @@ def candidates(adapter: Adapter, norms: Mapping[str, float]) -> list[float]:
     return sorted(found)
 
 
-def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, average: str) -> Plan:
+def alike(adapter: Adapter, modules: Sequence[str], most: int) -> list[list[str]]:
+    """Modules of one shape in at most `most` clusters, by the cosine of their updates.
+
+    The two clusters with the largest mean |cosine| are joined until so many are left; opposite
+    updates are alike, since each member has a scale. Each |cosine| is
+    <B1 A1, B2 A2> / (|B1 A1| |B2 A2|), from r x r products.
+    """
+    if most == 1:
+        return [list(modules)]
+    pairs = {m: (adapter.factors(m).A.double(), adapter.factors(m).B.double()) for m in modules}
+
+    def product(one: str, two: str) -> float:
+        (a1, b1), (a2, b2) = pairs[one], pairs[two]
+        return float(((b1.T @ b2) * (a1 @ a2.T)).sum())
+
+    length = {m: math.sqrt(max(product(m, m), 0.0)) for m in modules}
+    cosine = {
+        frozenset((one, two)): abs(product(one, two)) / (length[one] * length[two] or 1.0)
+        for one, two in itertools.combinations(modules, 2)
+    }
+
+    def nearness(one: list[str], two: list[str]) -> float:
+        return sum(cosine[frozenset((a, b))] for a in one for b in two) / (len(one) * len(two))
+
+    clusters = [[module] for module in modules]
+    while len(clusters) > most:
+        one, two = max(
+            itertools.combinations(range(len(clusters)), 2), key=lambda p: nearness(*(clusters[i] for i in p))
+        )
+        clusters[one] += clusters.pop(two)
+    return [sorted(cluster, key=order) for cluster in clusters]
+
+
+def _kept(modules: Sequence[str], norms: Mapping[str, float], threshold: float, select: Select, seed: int) -> set[str]:
+    """As many modules of a type as the threshold asks for, in the order of `select`."""
+    kept = keep_until({m: norms[m] for m in modules}, threshold)
+    if select == "importance":
+        return set(kept)
+    lower_first = sorted(modules, key=order)
+    ranked = {
+        "inverse": sorted(lower_first, key=lambda m: norms[m]),
+        "random": random.Random(seed).sample(lower_first, len(lower_first)),
+        "top": lower_first[::-1],
+        "bottom": lower_first,
+    }[select]
+    return set(ranked[: len(kept)])
+
+
+def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, settings: Mapping[str, Any]) -> Plan:
     choices: dict[str, Choice] = {}
     groups: dict[str, int] = {}
     for kind, modules in by_type(adapter.linear).items():
         total = math.fsum(norms[m] for m in modules)
         share = {m: norms[m] / total if total > 0 else 0.0 for m in modules}
-        kept = set(keep_until({m: norms[m] for m in modules}, threshold))
+        kept = _kept(modules, norms, threshold, settings["select"], settings["seed"])
+        why, why_not = (
+            ("within the threshold", "beyond the threshold")
+            if settings["select"] == "importance"
+            else (f"among the {settings['select']}", f"not among the {settings['select']}")
+        )
         for m in kept:
-            choices[m] = Choice(m, "keep", adapter.factors(m).rank, None, share[m], "within the threshold")
+            choices[m] = Choice(m, "keep", adapter.factors(m).rank, None, share[m], why)
+        if settings["pruned"] == "drop":
+            for m in modules:
+                if m not in kept:
+                    choices[m] = Choice(m, "drop", None, None, share[m], why_not)
+            continue
         shapes: dict[tuple[int, int], list[str]] = {}
         for m in modules:
             if m not in kept:
                 shapes.setdefault(adapter.factors(m).shape, []).append(m)
-        for number, (shape, rest) in enumerate(sorted(shapes.items())):
+        clusters = [
+            (shape, cluster)
+            for shape, found in sorted(shapes.items())
+            for cluster in alike(adapter, found, settings["groups"])
+        ]
+        for number, (shape, rest) in enumerate(clusters):
             if len(rest) == 1:
                 m = rest[0]
                 choices[m] = Choice(m, "keep", adapter.factors(m).rank, None, share[m], "nobody to share with")
                 continue
-            group = "shared." + kind + (f".{number}" if len(shapes) > 1 else "")
+            group = "shared." + kind + (f".{number}" if len(clusters) > 1 else "")
             while group in adapter.pool:  # of an adapter that is compact already
                 group += ".again"
             groups[group] = min(max(adapter.factors(m).rank for m in rest), *shape)
             for m in rest:
-                choices[m] = Choice(m, "share", None, group, share[m], "beyond the threshold")
-    options = {"threshold": threshold, "average": average}
+                choices[m] = Choice(m, "share", None, group, share[m], why_not)
+    options = {"threshold": threshold, **settings}
     return Plan("lora-drop", options, tuple(choices[m] for m in adapter.linear), groups)
 
 
 METHOD = Method(
-    plan, lambda options: "output", "keep the modules with the largest outputs, share one adapter among the rest"
+    plan, lambda options: "forward", "keep the modules with the largest outputs, share one adapter among the rest"
 )

@@ -1,4 +1,4 @@
-"""Cut ranks: rank-one atoms of all modules compete, in one of three metrics, for a budget of parameters.
+"""Cut ranks: rank-one atoms of all modules compete, in one of four metrics, for a budget of parameters.
 
 Sources: ``weight`` with ``global`` is PARA (arXiv 2604.27796); ``weight`` with ``uniform`` is what
 resize tools do; ``output`` and ``loss`` are the metrics of SVD-LLM (arXiv 2403.07378) and of the
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Metric, Plan
-from lorapack.core.statistics import Statistics, check_fits
+from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms
 from lorapack.plan.allocate import by_share, by_value, uniformly
@@ -72,19 +72,19 @@ def plan(
     return Plan("rank", options, choices, adapter=digest(adapter), metric=metric)
 
 
-def needs(options: Mapping[str, Any]) -> Metric:
-    found: Metric = options.get("metric", "loss")
-    return found
+def needs(options: Mapping[str, Any]) -> Need:
+    return NEEDED[options.get("metric", "loss")]
 
 
 def _values(adapter: Adapter, statistics: Statistics | None, module: str, metric: Metric) -> list[float]:
     """The squared errors that the module's atoms cause when they are left out, per token, the largest first."""
     moments = statistics.modules[module] if statistics is not None else None
-    if metric == "loss" and (moments is None or moments.backward is None):
-        raise InputError("--metric loss needs backward moments: measure with --loss")
+    lacking = moments is None or moments.backward is None or (metric == "fisher" and moments.row_backward is None)
+    if metric in ("loss", "fisher") and lacking:
+        raise InputError(f"--metric {metric} needs backward moments: `lorapack measure --method rank`")
     shares = atoms(adapter.factors(module), metric, moments)[2]
     # u = dloss/dh lies before B and the scale and so contains both; the other metrics see B A alone
-    scale = 1.0 if metric == "loss" else adapter.scale(module)
+    scale = 1.0 if metric in ("loss", "fisher") else adapter.scale(module)
     return [float(share) * scale**2 for share in shares]
 
 
