@@ -37,10 +37,9 @@ def main() -> None:
     options.add_argument("-o", "--out", type=Path)
     given = options.parse_args()
     try:
-        name, chosen = parse_method(given.method)
+        method, chosen = chosen_method(*parse_method(given.method))
     except InputError as error:
         sys.exit(str(error))
-    method = chosen_method(name, chosen)
     adapter = read_adapter(FIXTURES / "adapter")
     loaded = load(adapter, str(FIXTURES / "stories260k"))
     whole = size(adapter).parameters
@@ -50,7 +49,7 @@ def main() -> None:
         calibration, heldout = str(TEXT / "calibration.jsonl"), str(TEXT / "heldout.jsonl")
         prepared = prepare(loaded.reader, calibration, eval_data=heldout, sample="20%", seed=seed, most_recovery=0)
         job = replace(Job(adapter, loaded, prepared), seed=seed)
-        statistics = measure(job, method.needs(chosen))
+        statistics = measure(job, {method.needs(chosen)})
         plan, search = smallest_plan(job, statistics, method, chosen, given.share)
         smaller = packed(job, plan, statistics)
         found = figures(job, prepared.evaluation, smaller).retained

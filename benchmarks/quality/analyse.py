@@ -59,17 +59,17 @@ def main() -> None:
 
 
 def threshold(here: Setting, _: Any) -> dict[str, Any]:
-    statistics = measure(here.job, "output")
+    statistics = measure(here.job, {"forward"})
     original = here.job.adapter
     points, adapters = [], {}
     for arm in ("lora-drop", "lora-drop:pruned=drop"):
         for t in THRESHOLDS:
             try:
-                name, chosen = parse_method(arm)
+                method, chosen = chosen_method(*parse_method(arm))
             except InputError as error:
                 points.append({"arm": arm, "threshold": t, "reason": in_one_line(error)})
                 continue
-            plan = chosen_method(name, chosen).run(original, statistics, None, chosen | {"threshold": t})
+            plan = method.run(original, statistics, None, chosen | {"threshold": t})
             adapters[f"{arm} {t}"] = packed(here.job, plan, statistics)
             points.append({"arm": arm, "threshold": t})
     scores = score_all(here, {"base": None, "original": original, **adapters})
@@ -87,7 +87,7 @@ def threshold(here: Setting, _: Any) -> dict[str, Any]:
 
 def importance(here: Setting, given: Any) -> dict[str, Any]:
     """Own rows, and the rows of every other task of the same kind, whatever its base."""
-    own = shares(here, measure(here.job, "output"))
+    own = shares(here, measure(here.job, {"forward"}))
     found: dict[str, Any] = {"own": own, "swapped": {}}
     models = {task.cut: name for name, task in TASKS.items() if task.labelled == here.task.labelled}
     for name in models.values():
@@ -96,7 +96,7 @@ def importance(here: Setting, given: Any) -> dict[str, Any]:
         file = write_parts(name, given.data, given.adapters / "rows")["data"]
         rows, _ = prepare_evaluation(here.job.loaded.reader, str(file))
         other = replace(here.job, prepared=replace(here.job.prepared, calibration=rows[:MOST]))
-        theirs = shares(here, measure(other, "output"))
+        theirs = shares(here, measure(other, {"forward"}))
         found["swapped"][name] = {"importance": theirs, **compared(own, theirs)}
     return found
 
@@ -109,13 +109,13 @@ def sample(here: Setting, _: Any) -> dict[str, Any]:
     each = {}
     for s, chosen in taken.items():
         job = replace(here.job, prepared=replace(here.job.prepared, calibration=chosen))
-        each[s] = shares(here, measure(job, "output"))
+        each[s] = shares(here, measure(job, {"forward"}))
     points = [{"sample": s, "rows": len(taken[s]), **compared(each[1.0], each[s])} for s in SHARES]
     return {"points": points}
 
 
 def scores(here: Setting, _: Any) -> dict[str, Any]:
-    statistics = measure(here.job, "loss")
+    statistics = measure(here.job, {"backward"})
     adapter, device = here.job.adapter, here.job.loaded.device
     whole = place(adapter, device)
     variants = {"original": whole}
@@ -131,6 +131,7 @@ def scores(here: Setting, _: Any) -> dict[str, Any]:
         "output norm": norms,
         "share of the output norm within the type (LoRA-drop)": shares(here, statistics),
         "loss metric": {m: error(here, statistics, m, "loss") for m in adapter.linear},
+        "fisher metric": {m: error(here, statistics, m, "fisher") for m in adapter.linear},
         "first order, absolute tr cross": {m: abs(float(cross(statistics, m))) for m in adapter.linear},
         "weight norm": {m: error(here, statistics, m, "weight") * adapter.scale(m) ** 2 for m in adapter.linear},
     }

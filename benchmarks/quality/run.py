@@ -20,7 +20,7 @@ from typing import Any
 from arms import ARMS, BUDGETS, FULL, HALF
 from pair import Table, pair, read_table, write_table
 from record import code, read_json, rounded, triple, write_json
-from setting import Setting, adapter_path, base_path, in_one_line, most_needed, places, run_facts, scales, setting
+from setting import Setting, adapter_path, base_path, in_one_line, places, run_facts, scales, setting
 
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.statistics import Statistics
@@ -85,16 +85,17 @@ def main() -> None:
         for arm in given.arms
     ]
     wanted = [entry for entry in wanted if key(entry) not in done]
-    usable, statistics = [], None
+    usable, needs = [], set()
     for entry in wanted:
         try:
-            parse_method(entry["arm"])
+            method, chosen = chosen_method(*parse_method(entry["arm"]))
+            needs.add(method.needs(chosen))
             usable.append(entry)
         except InputError as error:
             keep(entry | {"status": "no method", "reason": in_one_line(error)})
-    if usable:
-        started = time.time()
-        statistics = measure(here.job, most_needed([parse_method(e["arm"]) for e in usable]))
+    started = time.time()
+    statistics = measure(here.job, needs)
+    if statistics is not None:
         result["measure_seconds"] = round(time.time() - started, 1)
     for chunk in chunks(usable):
         made: dict[str, Adapter] = {}
@@ -159,11 +160,11 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry) -> Adapter:
     Raises:
         InputError: the method has no plan at this budget.
     """
-    name, chosen = parse_method(entry["arm"])
+    method, chosen = chosen_method(*parse_method(entry["arm"]))
     original = here.job.adapter
     started = time.time()
     limit = int(size(original).parameters * entry["budget"] / 100)
-    plan = chosen_method(name, chosen).run(original, statistics, limit, chosen)
+    plan = method.run(original, statistics, limit, chosen)
     smaller = packed(here.job, plan, statistics)
     entry |= {"status": "done", **sizes(original, smaller), "pack_seconds": time.time() - started}
     if entry["recovery"] and smaller.linear:

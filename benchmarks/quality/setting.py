@@ -5,18 +5,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from record import machine, versions
 from tasks import FIXTURES, TASKS, Task, write_parts
 
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.plan import Metric
 from lorapack.data.encode import Encoded
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
-from lorapack.job import Job, chosen_method
+from lorapack.job import Job
 from lorapack.model.load import load
 from lorapack.read import read_adapter
 
@@ -103,13 +102,6 @@ def setting(given: argparse.Namespace, most_recovery: int = 0, sample: str | Non
     }
     job = Job(adapter, loaded, prepared, seed=seed)
     return Setting(given.task, seed, task, job, test, files, facts)
-
-
-def most_needed(arms: list[tuple[str, dict[str, Any]]]) -> Metric:
-    """The richest statistics that any of the arms needs."""
-    metrics = get_args(Metric)
-    needed: list[Metric] = [chosen_method(name, options).needs(options) for name, options in arms]
-    return max(needed, key=metrics.index, default="weight")
 
 
 def scales(adapter: Adapter) -> int:
