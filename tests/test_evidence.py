@@ -60,6 +60,17 @@ def test_an_arm_without_a_plan_or_a_method_is_recorded_as_such(tried):
     assert all(f["share"] <= f["budget"] / 100 + 0.001 for f in run["figures"] if f["status"] == "done")
 
 
+def test_the_page_says_what_has_no_plan_and_what_was_not_run(tried, tmp_path):
+    made = command("page.py", "--results", tried / "results", "--retain", tmp_path / "none", "-o", tmp_path / "page.md")
+    assert made.returncode == 0, made.stderr
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    dropped = next(line for line in lines if line.startswith("| `lora-drop` |"))
+    run = json.loads((tried / "results" / "stories260k-0.json").read_text())
+    kept = 100 * figure(run, "lora-drop", 50.0)["retained"][0]
+    assert dropped == f"| `lora-drop` | {kept:.1f} | – |"
+    assert "No result of `adaptive` is here yet." in lines
+
+
 def test_what_was_run_is_not_run_again(tried):
     path = tried / "results" / "stories260k-0.json"
     before = json.loads(path.read_text())
