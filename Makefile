@@ -28,6 +28,7 @@ format: $(VENV)/ready-dev
 
 docs: $(VENV)/ready
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
+	$(BIN)/python benchmarks/quality/page.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

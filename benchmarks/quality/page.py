@@ -1,0 +1,381 @@
+"""docs/evidence.md, made of nothing but the committed results.
+
+python benchmarks/quality/page.py [--results DIR] [-o docs/evidence.md]
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from arms import ARMS, BUDGETS, DEFAULT, FULL, HALF
+from record import read_json
+from tasks import ROOT, TASKS
+
+Entry = dict[str, Any]
+Triple = list[float]
+HIGH = 0.99  # where all arms keep more than that, nobody has to be ahead
+WANTED = {25.0: 0.995, 12.5: 0.99, 3.0: 0.97}  # of the gain, after recovery, on language tasks
+NEAR = -0.01  # accuracy to the full adapter, after recovery: the lower bound that is wanted on labelled tasks
+
+HEAD = """# The evidence
+
+Made by `benchmarks/quality/page.py` from the results in `benchmarks/quality/results`; a test compares the two. How to
+make the results: [benchmarks/quality/README.md](../benchmarks/quality/README.md).
+
+*Gain retained* is (base − compressed) / (base − full adapter) in loss on test rows that nothing else has seen
+([data.md](data.md)); 100% is the full adapter, 0% the base with the adapter's low-rank updates off and its head on.
+Figures are means over the training seeds. Intervals are 95% bootstrap over the test rows, the same drawings for both
+sides of a difference and for all seeds: they say what other test rows would change, not what other training seeds
+would. Sizes count the factors and one number for every layer that points to shared ones. `–` is no plan at that size,
+`·` not run or not there.
+"""
+
+
+class Task:
+    """The results of one task."""
+
+    def __init__(self, name: str, results: Path) -> None:
+        self.name = name
+        self.seeds = {int(p.stem.rsplit("-", 1)[1]): read_json(p) for p in sorted(results.glob(f"{name}-[0-9]*.json"))}
+        found = read_json(results / f"{name}.json")
+        self.figures: dict[tuple[str, float, int], Entry] = {
+            (e["arm"], e["budget"], e["recovery"]): e for e in found["figures"]
+        }
+        self.claims: list[Entry] = found["claims"]
+        folder = results / "analysis"
+        self.analyses = {
+            int(p.stem.rsplit("-", 1)[1]): read_json(p) for p in sorted(folder.glob(f"{name}-[0-9]*.json"))
+        }
+        self.steps = sorted({steps for arm, _, steps in self.figures if arm in self.arms})
+
+    @property
+    def arms(self) -> list[str]:
+        tried = dict.fromkeys(e["arm"] for r in self.seeds.values() for e in r["figures"])
+        named = [*ARMS, *(arm for arm in tried if arm not in ARMS)]
+        return [arm for arm in named if arm in tried and arm not in (FULL, HALF)]
+
+    def missing(self, arm: str, budget: float, steps: int) -> str:
+        states = {
+            e["status"]
+            for r in self.seeds.values()
+            for e in r["figures"]
+            if (e["arm"], e["budget"], e["recovery"]) == (arm, budget, steps)
+        }
+        return "–" if "no plan" in states else "·"
+
+
+def page(results: Path, retain: Path) -> str:
+    tasks = [Task(name, results) for name in TASKS if (results / f"{name}.json").exists()]
+    parts = [HEAD, summary(tasks), shortfalls(tasks)]
+    parts += [section(task) for task in tasks]
+    parts += [claims(tasks), thresholds(tasks), importances(tasks), samples(tasks), correlations(tasks)]
+    if retain.exists():
+        parts.append(promise(read_json(retain)))
+    parts.append(origin(tasks))
+    return "\n".join(part for part in parts if part)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "·" if value is None else f"{100 * value:.{digits}f}"
+
+
+def points(found: Triple | None) -> str:
+    """A difference in points with its interval."""
+    if found is None:
+        return "·"
+    value, low, high = (100 * v for v in found)
+    return f"{value:+.1f} [{low:.1f}, {high:.1f}]"
+
+
+def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[str]) -> str:
+    budgets = [b for b in BUDGETS if any((arm, b, steps) in task.figures for arm in arms)]
+    rows = []
+    for arm in arms:
+        cells = [
+            cell(task.figures[arm, b, steps]) if (arm, b, steps) in task.figures else task.missing(arm, b, steps)
+            for b in budgets
+        ]
+        if set(cells) != {"·"}:
+            rows.append([f"`{arm}`", *cells])
+    return table(["", *(f"{b:g}%" for b in budgets)], rows) if rows and budgets else ""
+
+
+def verdict(entry: Entry, best: float) -> str | None:
+    """Whether the default is ahead of an arm; None where it cannot be said."""
+    if best > HIGH and (entry["retained"] or [0])[0] > HIGH:
+        return "both above 99%"
+    found = entry["default_better_by"] or entry["default_better_by_nats"]
+    if found is None:
+        return None
+    return "ahead" if found[1] > 0 else "behind" if found[2] < 0 else "no difference"
+
+
+def judged(tasks: Sequence[Task], steps: Callable[[int], bool]) -> Iterable[tuple[Task, Entry, str]]:
+    for task in tasks:
+        for (arm, budget, taken), entry in task.figures.items():
+            own = task.figures.get((DEFAULT, budget, taken))
+            if own is None or arm in (DEFAULT, FULL, HALF) or not steps(taken):
+                continue
+            said = verdict(entry, (own["retained"] or [0])[0])
+            if said:
+                yield task, entry, said
+
+
+def summary(tasks: Sequence[Task]) -> str:
+    words = ("ahead", "no difference", "both above 99%", "behind")
+    text = ""
+    for title, steps in (("without recovery", lambda s: s == 0), ("with recovery", lambda s: s > 0)):
+        found = list(judged(tasks, steps))
+        arms = list(dict.fromkeys(entry["arm"] for _, entry, _ in found))
+        rows = [
+            [f"`{arm}`", *(str(sum(e["arm"] == arm and said == w for _, e, said in found)) for w in words)]
+            for arm in sorted(arms, key=lambda a: ARMS.index(a) if a in ARMS else len(ARMS))
+        ]
+        if rows:
+            text += f"\n### {title.capitalize()}\n\n" + table(["against", *words], rows)
+    start = f"## `{DEFAULT}` against the others\n\n"
+    if not text:
+        return start + f"No result of `{DEFAULT}` is here yet.\n"
+    said = "In how many cells (task × budget) its gain retained has the interval of the paired difference above 0.\n"
+    return start + said + text
+
+
+def shortfalls(tasks: Sequence[Task]) -> str:
+    """Where what is claimed or wanted does not hold."""
+    lines = []
+    for task, entry, said in judged(tasks, lambda s: True):
+        if said == "behind":
+            by = entry["default_better_by"]
+            lines.append(
+                f"- {where(task, entry)}: `{entry['arm']}` is better than `{DEFAULT}`"
+                + (f", by {points([-by[0], -by[2], -by[1]])} points of the gain." if by else " in loss.")
+            )
+    for task in tasks:
+        for (arm, budget, steps), entry in task.figures.items():
+            if arm != DEFAULT or not steps:
+                continue
+            wanted = None if TASKS[task.name].labelled else WANTED.get(budget)
+            kept = entry["retained"]
+            if wanted and kept and kept[0] < wanted:
+                lines.append(f"- {where(task, entry)}: {percent(kept[0])}% of the gain; wanted {percent(wanted)}%.")
+            near = entry["accuracy_to_full"]
+            if near and budget >= 12.5 and near[1] <= NEAR:
+                lines.append(f"- {where(task, entry)}: accuracy to the full adapter {points(near)}; wanted above −1.")
+    title = "\n## Where it does not hold\n\n"
+    if not any(arm == DEFAULT for task in tasks for arm, _, _ in task.figures):
+        return ""
+    return title + ("\n".join(lines) + "\n" if lines else "Nowhere in these results.\n")
+
+
+def where(task: Task, entry: Entry) -> str:
+    return f"{task.name} at {entry['budget']:g}%" + (f" after {entry['recovery']} steps" if entry["recovery"] else "")
+
+
+def section(task: Task) -> str:
+    one = next(iter(task.seeds.values()))
+    recipe = TASKS[task.name]
+    full = task.figures.get((FULL, 100.0, 0))
+    base = next(e["base"] for r in task.seeds.values() for e in r["figures"] if e["arm"] == FULL)
+    text = f"\n## {task.name}\n\n"
+    text += (
+        f"{recipe.model}, LoRA of rank {recipe.rank} on {one['modules']} modules, {one['parameters']:,} parameters; "
+        f"training seeds {', '.join(map(str, task.seeds))}; {one['rows']['calibration']['rows']} rows to measure on, "
+        f"{one['tested']} test rows.\n\n"
+    )
+    if full:
+        each = [f"{name} {base[name]:.4g} → {value:.4g}" for name, value in full["metrics"].items()]
+        text += f"Base → full adapter (base of seed {next(iter(task.seeds))}): {', '.join(each)}.\n"
+    for steps in task.steps:
+        text += f"\n### {f'With at most {steps} steps of recovery' if steps else 'Without recovery'}\n"
+        kept = grid(task, steps, lambda e: percent((e["retained"] or [None])[0]), task.arms)
+        text += f"\nGain retained, %.\n\n{kept}" if kept else ""
+        if any(e["default_better_by"] for e in task.figures.values()):
+            lead = grid(task, steps, lambda e: points(e["default_better_by"]), [a for a in task.arms if a != DEFAULT])
+            text += f"\n`{DEFAULT}` better by, points of the gain.\n\n{lead}" if lead else ""
+        if any(e["accuracy_to_full"] for e in task.figures.values()):
+            near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), task.arms)
+            text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""
+    return text + controls(task)
+
+
+def controls(task: Task) -> str:
+    rows = []
+    for (arm, budget, steps), entry in task.figures.items():
+        if arm in (FULL, HALF) and (steps or arm == HALF):
+            name = arm + (f" + {steps} steps on the task's loss" if steps else "")
+            metrics = ", ".join(f"{k} {v:.4g}" for k, v in entry["metrics"].items() if k in ("loss", "accuracy"))
+            rows.append([name, f"{budget:g}%", kept_cell(entry), metrics, ", ".join(entry["from"])])
+    return "\n### Controls\n\n" + table(["", "size", "gain retained", "", "seeds"], rows) if rows else ""
+
+
+def kept_cell(entry: Entry) -> str:
+    found = entry["retained"]
+    return "·" if found is None else f"{percent(found[0])} [{percent(found[1])}, {percent(found[2])}]"
+
+
+def claims(tasks: Sequence[Task]) -> str:
+    rows = [
+        [task.name, f"{e['budget']:g}%", str(e["recovery"]), f"`{e['second']}`", points(e["better_by"])]
+        for task in tasks
+        for e in task.claims
+    ]
+    if not rows:
+        return ""
+    ahead = sum(e["better_by"][1] > 0 for task in tasks for e in task.claims)
+    behind = sum(e["better_by"][2] < 0 for task in tasks for e in task.claims)
+    text = (
+        "\n## LoRA-drop's own claims\n\nThe paper: sharing one adapter among the pruned layers beats deleting "
+        "them, and keeping the layers of large output beats keeping others. `lora-drop` at equal size better by, "
+        f"points of the gain: above 0 in {ahead} of {len(rows)} cells, below 0 in {behind}.\n\n"
+    )
+    return text + table(["task", "size", "steps", "than", "better by"], rows)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    found = [v for v in values if v is not None]
+    return sum(found) / len(found) if found else None
+
+
+def analysed(tasks: Sequence[Task], what: str) -> Iterable[tuple[Task, list[Any]]]:
+    for task in tasks:
+        found = [r[what] for r in task.analyses.values() if what in r]
+        if found:
+            yield task, found
+
+
+def thresholds(tasks: Sequence[Task]) -> str:
+    rows, head = [], None
+    for task, found in analysed(tasks, "threshold"):
+        for arm in dict.fromkeys(p["arm"] for p in found[0]["points"]):
+            line = [[p for p in f["points"] if p["arm"] == arm] for f in found]
+            if any("share" not in p for of in line for p in of):
+                continue
+            head = [f"T={p['threshold']:g}" for p in line[0]]
+            cells = []
+            for each in zip(*line, strict=True):
+                kept = mean(p["retained"][0] if p["retained"] else None for p in each)
+                cells.append(f"{percent(mean(p['share'] for p in each), 0)}: {percent(kept)}")
+            rows.append([task.name, f"`{arm}`", *cells])
+    if head is None:
+        return ""
+    text = "\n## The threshold T\n\nParameters left, %: gain retained, %; no recovery, means over the seeds.\n\n"
+    return text + table(["task", "", *head], rows)
+
+
+def importances(tasks: Sequence[Task]) -> str:
+    rows, between = [], []
+    found = dict(pair for pair in ((task.name, of) for task, of in analysed(tasks, "importance")))
+    for name, each in found.items():
+        for other in each[0]["swapped"]:
+            pairs = [f["swapped"][other] for f in each if other in f["swapped"]]
+            cells = [f"{mean(p[k] for p in pairs):.2f}" for k in ("spearman", "overlap")]
+            rows.append([name, other, *cells])
+    for name, each in found.items():
+        for other, others in found.items():
+            same = each[0]["own"].keys() == others[0]["own"].keys()
+            if name < other and same:
+                between.append([name, other, f"{mean(_alike(a['own'], b['own']) for a in each for b in others):.2f}"])
+    if not rows:
+        return ""
+    text = (
+        "\n## Does the importance depend on the data?\n\nThe paper says so. The same adapter measured on its own "
+        "task's rows and on another's: rank correlation of the importances, and overlap of the sets kept at T=0.9 "
+        "(1 is the same set).\n\n" + table(["adapter of", "rows of", "rank correlation", "overlap"], rows)
+    )
+    if between:
+        text += "\nAdapters of different tasks on the same base, each on its own rows:\n\n"
+        text += table(["adapter of", "and of", "rank correlation"], between)
+    for name, each in found.items():
+        text += f"\nImportance by layer, {name}, mean over the seeds (share of the type's output norm, %):\n\n"
+        text += layers({m: mean(f["own"][m] for f in each) or 0.0 for m in each[0]["own"]})
+    return text
+
+
+def _alike(one: dict[str, float], other: dict[str, float]) -> float:
+    from analyse import spearman
+
+    return spearman(list(one.values()), [other[m] for m in one])
+
+
+def layers(importance: dict[str, float]) -> str:
+    """A row for each module type, a column for each layer."""
+    kinds: dict[str, dict[int, float]] = {}
+    for module, value in importance.items():
+        number = next(int(part) for part in module.split(".") if part.isdigit())
+        kinds.setdefault(module.rsplit(".", 1)[-1], {})[number] = value
+    columns = sorted({n for of in kinds.values() for n in of})
+    return table(["", *map(str, columns)], [[k, *(percent(of.get(n)) for n in columns)] for k, of in kinds.items()])
+
+
+def samples(tasks: Sequence[Task]) -> str:
+    rows, head = [], None
+    for task, found in analysed(tasks, "sample"):
+        each = list(zip(*(f["points"] for f in found), strict=True))
+        head = [f"{p[0]['sample']:.0%}" for p in each]
+        rows.append(
+            [task.name, *(f"{mean(q['spearman'] for q in p):.2f}, {mean(q['overlap'] for q in p):.2f}" for p in each)]
+        )
+    if head is None:
+        return ""
+    text = (
+        "\n## How many rows the importance needs\n\nRank correlation with, and overlap of the set kept at T=0.9 with, "
+    )
+    return text + "what all rows of the task's data give.\n\n" + table(["task", *head], rows)
+
+
+def correlations(tasks: Sequence[Task]) -> str:
+    rows, head = [], None
+    for task, found in analysed(tasks, "scores"):
+        head = list(found[0]["spearman"])
+        rows += [
+            [task.name, kind, *(f"{mean(f['spearman'][s][kind] for f in found):.2f}" for s in head)]
+            for kind in ("loss", "KL")
+        ]
+    if head is None:
+        return ""
+    text = (
+        "\n## Which score knows what a module is worth?\n\nRank correlation of each score with what leaving that one "
+        "module out does to the loss, and to the distribution (KL), on test rows.\n\n"
+    )
+    return text + table(["task", "", *head], rows)
+
+
+def promise(found: Any) -> str:
+    rows = []
+    for r in found["seeds"]:
+        kept, low, high = (percent(v, 2) for v in r["retained"])
+        rows.append([str(r["seed"]), percent(r["share"]), f"{kept} [{low}, {high}]", "yes" if r["kept"] else "no"])
+    text = f"\n## Asking for quality\n\n{found['what']}: kept on the evaluation rows in "
+    text += f"{found['kept']} of {found['of']}.\n\n"
+    return text + table(["seed", "parameters left, %", "gain retained, %", "kept"], rows)
+
+
+def origin(tasks: Sequence[Task]) -> str:
+    runs = [run for task in tasks for r in task.seeds.values() for run in r["runs"]]
+    lines = []
+    for run in runs:
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        line = f"- {run['machine']}; {versions}; lorapack sources {run['lorapack']}"
+        if line not in lines:
+            lines.append(line)
+    return "\n## Made on\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    here = Path(__file__).parent
+    options.add_argument("--results", type=Path, default=here / "results")
+    options.add_argument("--retain", type=Path, default=here.parent / "results" / "retain.json")
+    options.add_argument("-o", "--out", type=Path, default=ROOT / "docs" / "evidence.md")
+    given = options.parse_args()
+    given.out.write_text(page(given.results, given.retain), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
