@@ -19,7 +19,9 @@ from lorapack.errors import InputError
 from lorapack.job import (
     Job,
     Search,
+    best_plan,
     byte_budget,
+    check_measured,
     chosen_method,
     figures,
     measure,
@@ -122,6 +124,7 @@ def compress_adapter(
         check(plan, adapter)
     if statistics is not None:
         check_fits(statistics, adapter)
+        check_measured(adapter, statistics)
     if store is not None and store not in STORES:
         raise InputError(f"--store {store!r} is none of {', '.join(STORES)}")
     if budget is not None:
@@ -162,7 +165,8 @@ def compress_adapter(
         if plan is None and retain is not None:
             plan, search = smallest_plan(job, statistics, chosen, options, retain)
         elif plan is None:
-            plan = plan_adapter(adapter, statistics, method, budget=budget, store=store, **options)
+            limit = plan_budget(budget, adapter, store) if budget is not None else None
+            plan = best_plan(job, statistics, chosen, limit, options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
     recovery = None

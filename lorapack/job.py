@@ -191,13 +191,53 @@ def plan_adapter(
         InputError: an unknown method, statistics of another adapter, or what the method refuses.
     """
     chosen, options = chosen_method(method, options)
-    measured_on = statistics.provenance.get("adapter") if statistics is not None else None
-    if measured_on not in (None, digest(adapter)):
-        raise InputError("the statistics were measured on another adapter; measure this one")
+    if statistics is not None:
+        check_measured(adapter, statistics)
     if statistics is None and chosen.needs(options) != "nothing":
         raise InputError(f"{method} needs measurements: give --data, or --statistics from `lorapack measure`")
     limit = plan_budget(budget, adapter, store) if budget is not None else None
     return chosen.run(adapter, statistics, limit, options)
+
+
+def check_measured(adapter: Adapter, statistics: Statistics) -> None:
+    """Refuse statistics of another adapter.
+
+    Raises:
+        InputError: they are.
+    """
+    if statistics.provenance.get("adapter") not in (None, digest(adapter)):
+        raise InputError("the statistics were measured on another adapter; measure this one")
+
+
+def best_plan(
+    job: Job, statistics: Statistics | None, method: Method, budget: int | None, options: Mapping[str, Any]
+) -> Plan:
+    """The method's plan; where it has options to try that are not given, the best of several on the selection rows.
+
+    The best is the nearest to the original's predictions (least divergence), without recovery.
+
+    Raises:
+        InputError: what the method refuses.
+    """
+    variants: list[Mapping[str, Any]] = [options]
+    for option, values in method.tried.items():
+        if option not in options:
+            variants = [{**variant, option: value} for variant in variants for value in values]
+    plans = [method.run(job.adapter, statistics, budget, variant) for variant in variants]
+    plans = [
+        plan
+        for n, plan in enumerate(plans)
+        if (plan.choices, plan.metric) not in [(p.choices, p.metric) for p in plans[:n]]
+    ]
+    if len(plans) == 1 or not job.prepared.selection:
+        return plans[0]
+
+    def distance(plan: Plan) -> float:
+        smaller = store_adapter(packed(job, plan, statistics), job.store)
+        found = figures(job, job.prepared.selection, smaller, "try").divergence
+        return found.value if found is not None and found.value is not None else float("inf")
+
+    return min(plans, key=distance)
 
 
 def smallest_plan(
@@ -223,7 +263,7 @@ def smallest_plan(
 
     def attempt(budget: int) -> Plan | None:
         try:
-            plan = method.run(job.adapter, statistics, budget, options)
+            plan = best_plan(job, statistics, method, budget, options)
         except InputError:  # too small for any plan
             return None
         smaller = packed(job, plan, statistics)

@@ -10,7 +10,7 @@ from lorapack.core.report import Quality
 from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
-from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budget
+from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, plan_budget
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
@@ -113,7 +113,7 @@ def sweep_adapter(
     for text, name, options in chosen:
         for budget, limit in limits:
             try:
-                plan = METHODS[name].run(adapter, statistics, limit, options)
+                plan = best_plan(job, statistics, METHODS[name], limit, options)
             except InputError as error:
                 points.append(Point(text, budget, 0, 0.0, None, str(error)))
                 continue

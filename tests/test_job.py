@@ -1,5 +1,6 @@
 """What is built on one job: the smallest size for a share of the gain, sweeps, runs without data."""
 
+import itertools
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from lorapack.core.plan import parameters
 from lorapack.core.report import from_json, to_json
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
-from lorapack.job import Job, chosen_method, figures, measure, packed, smallest_plan
+from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, smallest_plan
 from lorapack.model.load import load
 from lorapack.sweep import parse_method
 from lorapack.write.card import card
@@ -86,6 +87,21 @@ def test_options_of_a_method_are_read_as_numbers_where_they_are():
         "rank",
         {"allocation": "per-module", "share": 0.5},
     )
+
+
+def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_taken(job):
+    statistics = measure(job, {"backward"})
+    method, limit = chosen_method("adaptive", {})[0], size(job.adapter).parameters // 16
+    best = best_plan(job, statistics, method, limit, {})
+    distances = {}
+    for peak, metric in itertools.product((None, 1.0), ("fisher", "loss")):
+        plan = method.run(job.adapter, statistics, limit, {"peak": peak, "metric": metric})
+        found = figures(job, job.prepared.selection, packed(job, plan, statistics)).divergence
+        distances[peak, metric] = found.value
+    assert len(set(distances.values())) > 1
+    assert (best.options["peak"], best.options["metric"]) == min(distances, key=distances.get)
+    given = {"peak": 1.0, "metric": "loss"}
+    assert best_plan(job, statistics, method, limit, given) == method.run(job.adapter, statistics, limit, given)
 
 
 def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):

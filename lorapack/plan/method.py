@@ -3,8 +3,8 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter
@@ -57,11 +57,14 @@ class Method:
             options, with their types and defaults.
         needs: of the options that are in force, what has to be measured.
         summary: one line for `lorapack methods`.
+        tried: values of an option that `compress` and `sweep` try, where it is not given, keeping the
+            one that measures best on the selection rows.
     """
 
     plan: Callable[..., Plan]
     needs: Callable[[Mapping[str, Any]], Need]
     summary: str
+    tried: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Option]:

@@ -3,7 +3,9 @@
 Source: our own; the metric is explained in docs/truncation.md, the sharing in docs/sharing.md.
 """
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -17,13 +19,21 @@ from lorapack.pack.truncate import atoms, truncate
 from lorapack.plan.allocate import by_value
 from lorapack.plan.method import Method
 
-TOP = 2
+Curvature = Literal["fisher", "loss"]
+TOP = 2  # atoms of a module that are looked at for sharing
 
 
-def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None) -> Plan:
+def plan(
+    adapter: Adapter,
+    statistics: Statistics,
+    *,
+    budget: int | None = None,
+    metric: Curvature = "fisher",
+    peak: float | None = None,
+) -> Plan:
     """Spend the budget on the rank-one atoms that save the most loss per parameter.
 
-    Atoms and their values are those of the ``fisher`` metric. Modules that get none are dropped, or
+    Atoms and their values are those of the ``fisher`` metric, or of ``loss``. Modules that get none are dropped, or
     point to one shared rank-one adapter per type and shape where what that saves, by the share of
     their updates that it can represent, is more than what the same parameters save as private atoms.
 
@@ -31,9 +41,14 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None)
         adapter: to plan for.
         statistics: measured with ``backward``.
         budget: the parameters allowed.
+        metric: which; neither is the better one always, so `compress` tries both and measures.
+        peak: no module gets more than so many times the rank that each would get if all got the same
+            (rounded up); None for no limit. The values of single atoms do not add up when most of a module is gone, and
+            an even spread is the safer the less is left; `compress` tries both ends and measures.
 
     Raises:
-        InputError: no budget, one below one atom, or statistics without backward moments.
+        InputError: no budget, a peak below 1, a budget below one atom, or statistics without backward
+            moments.
     """
     check_fits(statistics, adapter)
     if budget is None:
@@ -43,8 +58,13 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None)
         moments = statistics.modules[m]
         if moments.row_backward is None:
             raise InputError("adaptive needs backward moments: `lorapack measure --method adaptive`, or give --data")
-        values[m] = atoms(adapter.factors(m), "fisher", moments)[2].tolist()
+        values[m] = atoms(adapter.factors(m), metric, moments)[2].tolist()
     costs = {m: sum(adapter.factors(m).shape) for m in adapter.linear}
+    if peak is not None:
+        if not peak >= 1:
+            raise InputError(f"--peak {peak} is below 1")
+        even = max(1.0, budget / sum(costs.values()))
+        values = {m: found[: math.ceil(min(peak * even, len(found)))] for m, found in values.items()}
     ranks = by_value(values, costs, budget)
     if not any(ranks.values()):
         least = min(costs.values())
@@ -59,7 +79,14 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None)
             ranks = {m: private.get(m, 0) for m in values}
     of_group = {m: group for group, members in groups.items() for m in members}
     choices = tuple(_choice(m, ranks[m], of_group.get(m), values[m]) for m in adapter.linear)
-    return Plan("adaptive", {"budget": budget}, choices, dict.fromkeys(groups, 1), digest(adapter), "fisher")
+    return Plan(
+        "adaptive",
+        {"budget": budget, "metric": metric, "peak": peak},
+        choices,
+        dict.fromkeys(groups, 1),
+        digest(adapter),
+        "fisher",
+    )
 
 
 def _choice(module: str, rank: int, group: str | None, values: Sequence[float]) -> Choice:
@@ -105,5 +132,8 @@ def _saved(values: Mapping[str, Sequence[float]], ranks: Mapping[str, int]) -> f
 
 
 METHOD = Method(
-    plan, lambda options: "backward", "ranks by what a cut does to the loss, and sharing where it pays (the default)"
+    plan,
+    lambda options: "backward",
+    "ranks by what a cut does to the loss, and sharing where it pays (the default)",
+    {"metric": ("fisher", "loss"), "peak": (None, 1.0)},
 )
