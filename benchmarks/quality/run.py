@@ -27,7 +27,7 @@ from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
-from lorapack.job import chosen_method, measure, packed
+from lorapack.job import best_plan, chosen_method, measure, packed
 from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.read import read_adapter
@@ -164,7 +164,7 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry) -> Adapter:
     original = here.job.adapter
     started = time.time()
     limit = int(size(original).parameters * entry["budget"] / 100)
-    plan = method.run(original, statistics, limit, chosen)
+    plan = best_plan(here.job, statistics, method, limit, chosen)
     smaller = packed(here.job, plan, statistics)
     entry |= {"status": "done", **sizes(original, smaller), "pack_seconds": time.time() - started}
     if entry["recovery"] and smaller.linear:
