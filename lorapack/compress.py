@@ -19,8 +19,8 @@ from lorapack.job import Job, Search, chosen_method, figures, measure, packed, p
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
-from lorapack.recover import recover
-from lorapack.recover.recover import Objective
+from lorapack.recover import Settings, recover
+from lorapack.recover.objective import Objective
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
 
@@ -95,7 +95,8 @@ def compress_adapter(
     """
     options = options or {}
     chosen = chosen_method(method, options)
-    _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
+    how = Settings(recover_steps, objective, learning_rate, batch_size)
+    _check_numbers(batch_tokens, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
     if plan is not None:
@@ -150,10 +151,7 @@ def compress_adapter(
                 smaller,
                 prepared.recovery,
                 prepared.selection,
-                steps=recover_steps,
-                objective=objective,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
+                how,
                 batch_tokens=batch_tokens,
                 seed=seed,
                 watch=lambda items, total: watch("recover", items, total),
@@ -205,16 +203,9 @@ def _report(
     )
 
 
-def _check_numbers(
-    recover_steps: int,
-    batch_size: int,
-    batch_tokens: int,
-    learning_rate: float,
-    budget: str | None,
-    retain: float | None,
-) -> None:
-    if recover_steps < 0 or batch_size < 1 or batch_tokens < 1 or not learning_rate > 0:
-        raise InputError("--recover-steps must be 0 or more, --batch-size, --batch-tokens and --learning-rate above 0")
+def _check_numbers(batch_tokens: int, budget: str | None, retain: float | None) -> None:
+    if batch_tokens < 1:
+        raise InputError("--batch-tokens must be above 0")
     if retain is not None and not 0 < retain < 1:
         raise InputError(f"--retain {retain:.1%} is not between 0% and 100%")
     if retain is not None and budget is not None:

@@ -15,6 +15,7 @@ from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import score
 from lorapack.measure.moments import Average, measure_inputs, measure_moments
+from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, group_bases, pack_adapter
@@ -46,7 +47,7 @@ class Job:
     watch: Watch = unwatched
 
     def batches(self, rows: Sequence[Encoded], logits: bool) -> list[Batch]:
-        tokens = self.loaded.tokens_with_logits(self.batch_tokens) if logits else self.batch_tokens
+        tokens = at_once(self.loaded, self.batch_tokens) if logits else self.batch_tokens
         return batches(rows, tokens, self.loaded.pad)
 
 

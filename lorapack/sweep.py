@@ -14,7 +14,7 @@ from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budg
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
-from lorapack.recover import recover
+from lorapack.recover import Settings, recover
 from lorapack.watch import Watch, unwatched
 
 BUDGETS = ("50%", "25%", "12.5%", "6%")
@@ -124,9 +124,8 @@ def sweep_adapter(
             smaller = packed(job, plan, statistics)
             if recover_steps:
                 rows = (prepared.recovery, prepared.selection)
-                smaller, _ = recover(
-                    loaded, adapter, smaller, *rows, steps=recover_steps, batch_size=batch_size, seed=seed
-                )
+                how = Settings(steps=recover_steps, batch_size=batch_size)
+                smaller, _ = recover(loaded, adapter, smaller, *rows, how, batch_tokens=batch_tokens, seed=seed)
             count = size(smaller).parameters
             quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")
             points.append(Point(text, budget, count, count / whole, quality))
