@@ -1,10 +1,12 @@
 """The main job: measure, plan, pack, recover, evaluate."""
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lorapack
@@ -19,8 +21,12 @@ from lorapack.job import Job, Search, chosen_method, figures, measure, packed, p
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
-from lorapack.recover import Settings, recover
+from lorapack.recover import Recovery, Settings, recover
+from lorapack.recover.mask import RankMask
 from lorapack.recover.objective import Objective
+from lorapack.recover.recover import Stop, unstopped
+from lorapack.recover.refit import Refit
+from lorapack.recover.refit import refit as refit_adapter
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
 
@@ -57,6 +63,13 @@ def compress_adapter(
     objective: Objective = "kl",
     learning_rate: float = 1e-3,
     batch_size: int = 8,
+    refit: bool | None = None,
+    rank_dropout: float = 0.0,
+    rank_mask: RankMask = "token",
+    checkpointing: bool = False,
+    state: str | None = None,
+    resume: bool = False,
+    stop: Stop = unstopped,
     max_length: int | None = None,
     batch_tokens: int = 4096,
     device: Device = "auto",
@@ -85,7 +98,11 @@ def compress_adapter(
         average: what weighs the same in the statistics, each token or each row (``sample``).
         share_init: where shared factors come from, see `lorapack.pack_adapter`.
         recover_steps: at most so many steps of recovery; 0 for none.
-        objective, learning_rate, batch_size: of the recovery.
+        objective, learning_rate, batch_size, rank_dropout, rank_mask, checkpointing: of the recovery,
+            see `lorapack.recover.Settings`.
+        refit: least squares before the first step, where that is better on the selection rows; by
+            default where there are steps.
+        state, resume, stop: a file for the recovery's state, see `lorapack.recover.recover`.
         max_length: tokens a row; batch_tokens: tokens a batch outside the recovery.
         device, dtype, trust_remote_code: see `lorapack.model.load.load`.
         watch: sees the batches of each step go by.
@@ -95,7 +112,8 @@ def compress_adapter(
     """
     options = options or {}
     chosen = chosen_method(method, options)
-    how = Settings(recover_steps, objective, learning_rate, batch_size)
+    how = Settings(recover_steps, objective, learning_rate, batch_size, rank_dropout, rank_mask, checkpointing)
+    check_state(state, resume)
     _check_numbers(batch_tokens, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
@@ -114,7 +132,7 @@ def compress_adapter(
         with steps.step("pack"):
             smaller = pack_adapter(adapter, plan, statistics, None, share_init, seed)
         facts = {"share_init": share_init, "seed": seed}
-        return Compressed(smaller, _report(adapter, smaller, plan, name, base or "", facts, steps))
+        return Compressed(smaller, make_report(adapter, smaller, plan, name, base or "", facts, steps))
     with steps.step("load"):
         loaded = load(
             adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
@@ -142,31 +160,22 @@ def compress_adapter(
             plan = plan_adapter(adapter, statistics, method, budget=budget, **options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
-    recovery = None
+    refitted, recovery = None, None
     with steps.step("recover"):
-        if recover_steps and smaller.linear:
-            smaller, recovery = recover(
-                loaded,
-                adapter,
-                smaller,
-                prepared.recovery,
-                prepared.selection,
-                how,
-                batch_tokens=batch_tokens,
-                seed=seed,
-                watch=lambda items, total: watch("recover", items, total),
-            )
+        if smaller.linear:
+            smaller, refitted, recovery = recovered(job, smaller, how, refit, state, resume, stop)
     with steps.step("evaluate"):
         quality = figures(job, prepared.evaluation, smaller)
     settings = {
         "share_init": share_init,
         "seed": seed,
+        "refit": asdict(refitted) if refitted else None,
         "retain": asdict(search) if search else None,
         "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "batch_tokens": batch_tokens,
     }
-    report = _report(adapter, smaller, plan, name, loaded.base_model, settings, steps)
+    report = make_report(adapter, smaller, plan, name, loaded.base_model, settings, steps)
     report = replace(
         report,
         task=loaded.task,
@@ -177,7 +186,41 @@ def compress_adapter(
     return Compressed(smaller, report)
 
 
-def _report(
+def recovered(
+    job: Job, smaller: Adapter, how: Settings, refits: bool | None, state: str | None, resume: bool, stop: Stop
+) -> tuple[Adapter, Refit | None, Recovery | None]:
+    """The refit and the recovery of what a job has made."""
+    data, record, rows = job.prepared, None, job.batch_tokens
+    if refits or (refits is None and how.steps and not how.rank_dropout):
+        fit_on = [*data.calibration, *data.recovery]
+        smaller, record = refit_adapter(job.loaded, job.adapter, smaller, fit_on, data.selection, how.objective, rows)
+    if not how.steps:
+        return smaller, record, None
+    smaller, recovery = recover(
+        job.loaded,
+        job.adapter,
+        smaller,
+        data.recovery,
+        data.selection,
+        how,
+        batch_tokens=rows,
+        seed=job.seed,
+        state=Path(state) if state else None,
+        resume=resume,
+        stop=stop,
+        watch=lambda items, total: job.watch("recover", items, total),
+    )
+    return smaller, record, recovery
+
+
+def check_state(state: str | None, resume: bool) -> None:
+    if resume and (state is None or not Path(state).is_file()):
+        raise InputError("--resume needs --state, the file that an earlier run wrote")
+    if state is not None and not resume and os.path.lexists(state):
+        raise InputError(f"--state {state} exists: go on from it with --resume, or choose another file")
+
+
+def make_report(
     adapter: Adapter,
     smaller: Adapter,
     plan: Plan,

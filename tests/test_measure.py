@@ -16,6 +16,7 @@ from lorapack.data.batches import batches, collate
 from lorapack.data.encode import IGNORED, Encoded
 from lorapack.errors import InputError
 from lorapack.measure.moments import measure_inputs, measure_moments
+from lorapack.model.head import separable
 from lorapack.pack.share import input_basis
 from lorapack.read.files import read_safetensors
 

@@ -30,11 +30,7 @@ from lorapack.cli import options
     help="Where a shared adapter starts: least squares, a copy of one layer, or anew.",
 )
 @click.option("--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none.")
-@click.option(
-    "--objective", type=click.Choice(["kl", "task"]), default="kl", show_default=True, help="Of the recovery."
-)
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery.")
+@options.RECOVERY
 @options.SAMPLE
 @options.AVERAGE
 @options.SEED
@@ -65,6 +61,7 @@ def compress(
 
     from lorapack.cli.files import read_plan, read_statistics
     from lorapack.cli.progress import watch
+    from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.core.report import to_json
     from lorapack.hub import find_adapter, read_adapter
@@ -81,6 +78,7 @@ def compress(
             statistics=read_statistics(statistics_file) if statistics_file else None,
             options=options.take_method_options(settings),
             watch=watch,
+            stop=on_signal,
             **settings,
         )
         put_adapter(made.adapter, directory, report=made.report)

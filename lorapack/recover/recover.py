@@ -32,6 +32,11 @@ AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with 
 Stop = Callable[[], AbstractContextManager[Callable[[], bool]]]
 
 
+def unstopped() -> AbstractContextManager[Callable[[], bool]]:
+    """Nobody asks it to stop."""
+    return nullcontext(lambda: False)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How to recover.
@@ -95,7 +100,7 @@ def recover(
     seed: int = 0,
     state: Path | None = None,
     resume: bool = False,
-    stop: Stop = lambda: nullcontext(lambda: False),
+    stop: Stop = unstopped,
     watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, total: batches,
 ) -> tuple[Adapter, Recovery]:
     """Train the packed adapter's linear factors; the best state on the selection rows is returned.
