@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import ADAPTER, BASE, CALIBRATION, HELDOUT, refused
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT, attached, refused
 from support import run as command
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapack.core.adapter import Factors, digest
 from lorapack.core.plan import Choice, Plan
@@ -285,6 +286,15 @@ def test_a_teacher_without_a_module_or_with_other_saved_modules_is_refused(case)
     for teacher in (fewer, other):
         with pytest.raises(InputError, match="do not belong together"):
             recover_adapter(case.original, str(CALIBRATION), teacher=teacher)
+
+
+def test_a_tokenizer_that_does_not_fit_the_base_is_refused(tmp_path):
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    )
+    adapter, _ = attached(model, tmp_path, target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"the base model knows 100: they do not belong together"):
+        recover_adapter(adapter, str(CALIBRATION), str(tmp_path / "base"), teacher=adapter)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
