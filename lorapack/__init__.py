@@ -33,6 +33,7 @@ _PUBLIC = {
     "pack_adapter": "lorapack.pack",
     "plan_adapter": "lorapack.job",
     "read_adapter": "lorapack.hub",
+    "recover_adapter": "lorapack.recovery",
     "sweep_adapter": "lorapack.sweep",
     "write_adapter": "lorapack.write",
 }

@@ -1,10 +1,12 @@
 """The main job: measure, plan, pack, recover, evaluate."""
 
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lorapack
@@ -35,8 +37,12 @@ from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.pack.store import store_adapter
 from lorapack.plan import DEFAULT
-from lorapack.recover import recover
-from lorapack.recover.recover import Objective
+from lorapack.recover import Recovery, Settings, recover
+from lorapack.recover.mask import RankMask
+from lorapack.recover.objective import Objective
+from lorapack.recover.recover import Stop, unstopped
+from lorapack.recover.refit import Refit
+from lorapack.recover.refit import refit as refit_adapter
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
 
@@ -75,6 +81,13 @@ def compress_adapter(
     objective: Objective = "kl",
     learning_rate: float = 1e-3,
     batch_size: int = 8,
+    refit: bool | None = None,
+    rank_dropout: float = 0.0,
+    rank_mask: RankMask = "token",
+    checkpointing: bool = False,
+    state: str | None = None,
+    resume: bool = False,
+    stop: Stop = unstopped,
     max_length: int | None = None,
     batch_tokens: int = 4096,
     device: Device = "auto",
@@ -106,7 +119,11 @@ def compress_adapter(
         store: how the factors are held in the result, after recovery: ``fp32``, ``bf16``, ``fp16``, ``int8`` or
             ``int4`` (docs/store.md). None for the checkpoint's own type.
         recover_steps: at most so many steps of recovery; 0 for none.
-        objective, learning_rate, batch_size: of the recovery.
+        objective, learning_rate, batch_size, rank_dropout, rank_mask, checkpointing: of the recovery,
+            see `lorapack.recover.Settings`.
+        refit: least squares before the first step, where that is better on the selection rows; by
+            default where there are steps.
+        state, resume, stop: a file for the recovery's state, see `lorapack.recover.recover`.
         max_length: tokens a row; batch_tokens: tokens a batch outside the recovery.
         device, dtype, trust_remote_code: see `lorapack.model.load.load`.
         watch: sees the batches of each step go by.
@@ -117,7 +134,9 @@ def compress_adapter(
     chosen, options = chosen_method(method, options or {})
     if method == DEFAULT and data is not None and plan is None and budget is None and retain is None:
         retain = RETAIN
-    _check_numbers(recover_steps, batch_size, batch_tokens, learning_rate, budget, retain)
+    how = Settings(recover_steps, objective, learning_rate, batch_size, rank_dropout, rank_mask, checkpointing)
+    check_state(state, resume)
+    _check_numbers(batch_tokens, budget, retain)
     if not adapter.linear:
         raise InputError("the adapter has no linear module, so there is nothing to compress")
     if plan is not None:
@@ -140,7 +159,7 @@ def compress_adapter(
             smaller = store_adapter(pack_adapter(adapter, plan, statistics, None, share_init, seed), store)
         _check_bytes(smaller, most)
         facts = {"share_init": share_init, "store": store, "seed": seed}
-        return Compressed(smaller, _report(adapter, smaller, plan, name, base or "", facts, steps))
+        return Compressed(smaller, make_report(adapter, smaller, plan, name, base or "", facts, steps))
     with steps.step("load"):
         loaded = load(
             adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
@@ -169,24 +188,11 @@ def compress_adapter(
             plan = best_plan(job, statistics, chosen, limit, options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
-    recovery = None
+    refitted, recovery = None, None
     with steps.step("recover"):
-        if recover_steps and smaller.linear:
+        if smaller.linear:
             smaller = store_adapter(smaller, "fp32" if store else None)  # rounded once, at the end
-            smaller, recovery = recover(
-                loaded,
-                adapter,
-                smaller,
-                prepared.recovery,
-                prepared.selection,
-                steps=recover_steps,
-                objective=objective,
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                batch_tokens=batch_tokens,
-                seed=seed,
-                watch=lambda items, total: watch("recover", items, total),
-            )
+            smaller, refitted, recovery = recovered(job, smaller, how, refit, state, resume, stop)
     if store is not None:
         with steps.step("store"):
             smaller = store_adapter(smaller, store)
@@ -197,12 +203,13 @@ def compress_adapter(
         "share_init": share_init,
         "store": store,
         "seed": seed,
+        "refit": asdict(refitted) if refitted else None,
         "retain": asdict(search) if search else None,
         "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "batch_tokens": batch_tokens,
     }
-    report = _report(adapter, smaller, plan, name, loaded.base_model, settings, steps)
+    report = make_report(adapter, smaller, plan, name, loaded.base_model, settings, steps)
     report = replace(
         report,
         task=loaded.task,
@@ -213,7 +220,41 @@ def compress_adapter(
     return Compressed(smaller, report)
 
 
-def _report(
+def recovered(
+    job: Job, smaller: Adapter, how: Settings, refits: bool | None, state: str | None, resume: bool, stop: Stop
+) -> tuple[Adapter, Refit | None, Recovery | None]:
+    """The refit and the recovery of what a job has made."""
+    data, record, rows = job.prepared, None, job.batch_tokens
+    if refits or (refits is None and how.steps and not how.rank_dropout):
+        fit_on = [*data.calibration, *data.recovery]
+        smaller, record = refit_adapter(job.loaded, job.adapter, smaller, fit_on, data.selection, how.objective, rows)
+    if not how.steps:
+        return smaller, record, None
+    smaller, recovery = recover(
+        job.loaded,
+        job.adapter,
+        smaller,
+        data.recovery,
+        data.selection,
+        how,
+        batch_tokens=rows,
+        seed=job.seed,
+        state=Path(state) if state else None,
+        resume=resume,
+        stop=stop,
+        watch=lambda items, total: job.watch("recover", items, total),
+    )
+    return smaller, record, recovery
+
+
+def check_state(state: str | None, resume: bool) -> None:
+    if resume and (state is None or not Path(state).is_file()):
+        raise InputError("--resume needs --state, the file that an earlier run wrote")
+    if state is not None and not resume and os.path.lexists(state):
+        raise InputError(f"--state {state} exists: go on from it with --resume, or choose another file")
+
+
+def make_report(
     adapter: Adapter,
     smaller: Adapter,
     plan: Plan,
@@ -239,16 +280,9 @@ def _report(
     )
 
 
-def _check_numbers(
-    recover_steps: int,
-    batch_size: int,
-    batch_tokens: int,
-    learning_rate: float,
-    budget: str | None,
-    retain: float | None,
-) -> None:
-    if recover_steps < 0 or batch_size < 1 or batch_tokens < 1 or not learning_rate > 0:
-        raise InputError("--recover-steps must be 0 or more, --batch-size, --batch-tokens and --learning-rate above 0")
+def _check_numbers(batch_tokens: int, budget: str | None, retain: float | None) -> None:
+    if batch_tokens < 1:
+        raise InputError("--batch-tokens must be above 0")
     if retain is not None and not 0 < retain < 1:
         raise InputError(f"--retain {retain:.1%} is not between 0% and 100%")
     if retain is not None and budget is not None:

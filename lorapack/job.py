@@ -17,6 +17,7 @@ from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import score
 from lorapack.measure.measure import measure_rows
 from lorapack.measure.moments import Average, measure_inputs
+from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, module_bases, pack_adapter
@@ -51,7 +52,7 @@ class Job:
     store: Store | None = None
 
     def batches(self, rows: Sequence[Encoded], logits: bool) -> list[Batch]:
-        tokens = self.loaded.tokens_with_logits(self.batch_tokens) if logits else self.batch_tokens
+        tokens = at_once(self.loaded, self.batch_tokens) if logits else self.batch_tokens
         return batches(rows, tokens, self.loaded.pad)
 
 

@@ -16,7 +16,7 @@ from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
 from lorapack.pack.store import store_adapter
 from lorapack.plan import METHODS
-from lorapack.recover import recover
+from lorapack.recover import Settings, recover
 from lorapack.watch import Watch, unwatched
 
 BUDGETS = ("50%", "25%", "12.5%", "6%")
@@ -121,9 +121,8 @@ def sweep_adapter(
             if recover_steps:
                 smaller = store_adapter(smaller, "fp32" if store else None)
                 rows = (prepared.recovery, prepared.selection)
-                smaller, _ = recover(
-                    loaded, adapter, smaller, *rows, steps=recover_steps, batch_size=batch_size, seed=seed
-                )
+                how = Settings(steps=recover_steps, batch_size=batch_size)
+                smaller, _ = recover(loaded, adapter, smaller, *rows, how, batch_tokens=batch_tokens, seed=seed)
             smaller = store_adapter(smaller, store)
             count = size(smaller).parameters
             quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")

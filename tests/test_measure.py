@@ -16,6 +16,7 @@ from lorapack.data.batches import batches, collate
 from lorapack.data.encode import IGNORED, Encoded
 from lorapack.errors import InputError
 from lorapack.measure.moments import measure_inputs, measure_moments
+from lorapack.model.head import separable
 from lorapack.pack.share import input_basis
 from lorapack.read.files import read_safetensors
 
@@ -346,6 +347,7 @@ def calls(module):
 def test_without_a_loss_the_head_is_never_computed(tmp_path):
     adapter, loaded = attached(llama(1), tmp_path, target_modules=["q_proj"])
     each = batches(texts(), 20, loaded.pad)
+    assert separable(loaded)  # which is tried once a model, with the head
     with calls(loaded.base.lm_head) as count:
         measure_moments(loaded, adapter.linear, each)
         assert count == [0]

@@ -21,7 +21,7 @@ from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.pack import pack_adapter
 from lorapack.read import read_adapter
-from lorapack.recover import recover
+from lorapack.recover import Settings, recover
 from lorapack.write import write_adapter
 
 GROUP = [f"model.layers.{n}.mlp.up_proj" for n in (1, 2, 3)]
@@ -49,9 +49,11 @@ def case():
     )
 
 
-def run(case, packed=None, **settings):
-    settings = {"steps": 20, "batch_size": 4, **settings}
-    return recover(case.loaded, case.original, packed or case.packed, case.training, case.selection, **settings)
+def run(case, packed=None, *, seed=0, **settings):
+    how = {name: settings.pop(name) for name in list(settings) if name in Settings.__dataclass_fields__}
+    how = Settings(**{"steps": 20, "batch_size": 4, **how})
+    rows = (case.training, case.selection)
+    return recover(case.loaded, case.original, packed or case.packed, *rows, how, seed=seed, **settings)
 
 
 def divergence(case, adapter, rows):
@@ -200,7 +202,7 @@ def test_a_classifiers_saved_head_is_the_teachers_and_stays(tmp_path):
     cut = Plan("by hand", {}, tuple(Choice(m, "keep", 1) for m in original.linear))
     packed = pack_adapter(original, cut)
     head = {n: p.clone() for n, p in loaded.model.named_parameters() if "classifier" in n}
-    adapter, record = recover(loaded, original, packed, rows[:16], rows[16:], steps=12, batch_size=8)
+    adapter, record = recover(loaded, original, packed, rows[:16], rows[16:], Settings(steps=12, batch_size=8))
     assert dict(record.curve)[record.best] < record.curve[0][1]
     assert head and all(torch.equal(p, head[n]) for n, p in loaded.model.named_parameters() if n in head)
     assert adapter.carried.keys() == saved.keys()

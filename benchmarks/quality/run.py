@@ -31,7 +31,7 @@ from lorapack.job import best_plan, chosen_method, measure, packed
 from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.read import read_adapter
-from lorapack.recover import recover
+from lorapack.recover import Settings, recover
 from lorapack.sweep import parse_method
 
 BATCH = 8  # rows a step of the recovery
@@ -180,11 +180,8 @@ def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adap
         packed,
         here.job.prepared.recovery,
         here.job.prepared.selection,
-        steps=entry["recovery"],
-        batch_size=BATCH,
-        learning_rate=here.task.recovery_rate,
+        Settings(entry["recovery"], learning_rate=here.task.recovery_rate, batch_size=BATCH, **more),
         seed=here.seed,
-        **more,
     )
     entry |= {"steps": record.steps, "best": record.best, "recover_seconds": time.time() - started}
     return smaller

@@ -31,11 +31,7 @@ from lorapack.cli import options
 )
 @options.STORE
 @click.option("--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none.")
-@click.option(
-    "--objective", type=click.Choice(["kl", "task"]), default="kl", show_default=True, help="Of the recovery."
-)
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery.")
+@options.RECOVERY
 @options.SAMPLE
 @options.AVERAGE
 @options.SEED
@@ -67,6 +63,7 @@ def compress(
 
     from lorapack.cli.files import read_plan, read_statistics
     from lorapack.cli.progress import watch
+    from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.core.report import to_json
     from lorapack.hub import find_adapter, read_adapter
@@ -83,6 +80,7 @@ def compress(
             statistics=read_statistics(statistics_file) if statistics_file else None,
             options=method_options,
             watch=watch,
+            stop=on_signal,
             **settings,
         )
         put_adapter(made.adapter, directory, report=made.report)

@@ -15,6 +15,7 @@ from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
+from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
 from lorapack.errors import InputError
 
@@ -28,7 +29,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, sweep, evaluate, expand):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, expand):
     cli.add_command(command)
 
 

@@ -92,6 +92,35 @@ STORE = click.option(
     type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
     help="How the factors are stored; --budget P% then is of the bytes.  [default: as in ADAPTER]",
 )
+RECOVERY = together(
+    click.option(
+        "--objective",
+        type=click.Choice(["kl", "task", "both"]),
+        default="kl",
+        show_default=True,
+        help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
+    ),
+    click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery."),
+    click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery."),
+    click.option(
+        "--refit/--no-refit",
+        default=None,
+        help="Least squares before the first step, if better.  [default: where there are steps]",
+    ),
+    click.option(
+        "--rank-dropout", type=float, default=0.0, metavar="P", help="DropLoRA: ranks are off with this probability."
+    ),
+    click.option(
+        "--rank-mask",
+        type=click.Choice(["token", "step"]),
+        default="token",
+        show_default=True,
+        help="What has its own mask.",
+    ),
+    click.option("--checkpointing", is_flag=True, help="Less memory in the recovery, a third slower."),
+    click.option("--state", metavar="FILE", help="Keep the recovery's state here."),
+    click.option("--resume", is_flag=True, help="Go on from --state."),
+)
 
 
 class MethodCommand(click.Command):

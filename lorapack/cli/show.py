@@ -59,6 +59,9 @@ def print_report(report: Report) -> None:
     out.print(
         f"Data: {columns}; rows: {parts}; {data['rows_unusable']} unusable, {data['rows_cut']} cut", soft_wrap=True
     )
+    if refit := report.settings.get("refit"):
+        best = refit[refit["kept"]]
+        out.print(f"Refit: {refit['before']:.4f} on the selection rows before, {best:.4f} after ({refit['kept']})")
     if report.recovery:
         curve = report.recovery["curve"]
         out.print(

@@ -60,6 +60,25 @@ def training_batches(rows: Sequence[Encoded], size: int, steps: int, pad: int, s
             yield collate([(place, rows[place]) for place in chunk], pad)
 
 
+def cut(batch: Batch, tokens: int) -> Iterator[Batch]:
+    """A batch in pieces of at most `tokens`, padding included, or one row; longest rows first."""
+    lengths = batch.attention_mask.sum(dim=1)
+    order = lengths.argsort(descending=True, stable=True)
+    at = 0
+    while at < len(order):
+        length = int(lengths[order[at]])
+        rows = order[at : at + max(1, tokens // length)]
+        at += len(rows)
+        labels = batch.labels[rows]
+        yield Batch(
+            batch.input_ids[rows, :length],
+            batch.attention_mask[rows, :length],
+            labels[:, :length] if labels.ndim == 2 else labels,
+            batch.token_types[rows, :length] if batch.token_types is not None else None,
+            tuple(batch.places[row] for row in rows.tolist()),
+        )
+
+
 def collate(rows: Sequence[tuple[int, Encoded]], pad: int) -> Batch:
     length = max(len(row.input_ids) for _, row in rows)
 

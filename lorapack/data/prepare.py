@@ -21,12 +21,14 @@ class Reader:
         longest: the most tokens a row may have.
         classes: of a classifier; 1 where a number is predicted; None for a language model.
         label_ids: the model's names of its classes, for labels that are words.
+        vocabulary: how many tokens the model knows; None where that is not known.
     """
 
     tokenizer: Any
     longest: int
     classes: int | None = None
     label_ids: Mapping[str, int] = field(default_factory=dict)
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,13 @@ def usable_rows(
 
 
 def check_labels(reader: Reader, rows: Sequence[Encoded], data: str) -> None:
-    """A label the model cannot predict is the user's mistake, not an index error in a kernel."""
+    """A token or label the model does not know is the user's mistake, not an index error in a kernel."""
+    for row in rows:
+        if reader.vocabulary is not None and max(row.input_ids, default=0) >= reader.vocabulary:
+            raise InputError(
+                f"{data} row {row.row}: the tokenizer makes token {max(row.input_ids)} of it and the base model knows "
+                f"{reader.vocabulary}: they do not belong together"
+            )
     if reader.classes is None or reader.classes == 1:
         return
     for row in rows:

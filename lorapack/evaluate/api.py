@@ -10,6 +10,7 @@ from lorapack.data.prepare import prepare_evaluation
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import score
+from lorapack.model.head import at_once
 from lorapack.model.load import Device, DType, load
 from lorapack.model.point import place
 from lorapack.watch import Watch, unwatched
@@ -59,6 +60,6 @@ def evaluate_adapters(
     variants = {"base": place(None, loaded.device), "original": place(original, loaded.device)}
     if compressed is not None:
         variants["compressed"] = place(compressed, loaded.device)
-    each = batches(rows, loaded.tokens_with_logits(batch_tokens), loaded.pad)
+    each = batches(rows, at_once(loaded, batch_tokens), loaded.pad)
     found = score(loaded, variants, "original", watch("evaluate", each), len(rows))
     return quality(found, loaded.reader.classes, seed), facts

@@ -8,7 +8,8 @@ import torch
 from numpy.typing import NDArray
 
 from lorapack.data.batches import Batch
-from lorapack.model.forward import divergences, losses, predict
+from lorapack.model.forward import Predictions, divergences, losses
+from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
 from lorapack.model.point import Placed, point
 
@@ -54,24 +55,30 @@ def score(
         for batch in batches:
             batch = batch.to(loaded.device)
             places = np.array(batch.places)
-            teacher = None
+            seen = {}
             for name in names:
                 point(loaded, variants[name])
-                found = predict(loaded, batch)
-                if teacher is None:
-                    teacher = found.logits
-                which = found.rows.cpu().numpy()
-                best, top = found.logits.argmax(-1), teacher.argmax(-1)
-                value = found.logits[:, 0] if loaded.is_regression else best
-                table = tables[name]
-                for field, values in (
-                    ("predictions", torch.ones_like(value)),
-                    ("loss", losses(loaded, found)),
-                    ("divergence", divergences(loaded, teacher, found.logits)),
-                    ("agreement", best == top),
-                ):
-                    np.add.at(table[field], places[which], values.double().cpu().numpy())
-                if loaded.task == "SEQ_CLS":
-                    table["target"][places] = found.targets.double().cpu().numpy()
-                    table["predicted"][places] = value.double().cpu().numpy()
+                seen[name] = features(loaded, batch)
+            for part in parts(loaded, seen[reference]):
+                teacher = None
+                for name in names:
+                    ours = seen[name]
+                    output = logits(loaded, variants[name], ours, ours.values[part])
+                    found = Predictions(output, ours.targets[part], ours.rows[part])
+                    if teacher is None:
+                        teacher = found.logits
+                    which = found.rows.cpu().numpy()
+                    best, top = found.logits.argmax(-1), teacher.argmax(-1)
+                    value = found.logits[:, 0] if loaded.is_regression else best
+                    table = tables[name]
+                    for field, values in (
+                        ("predictions", torch.ones_like(value)),
+                        ("loss", losses(loaded, found)),
+                        ("divergence", divergences(loaded, teacher, found.logits)),
+                        ("agreement", best == top),
+                    ):
+                        np.add.at(table[field], places[which], values.double().cpu().numpy())
+                    if loaded.task == "SEQ_CLS":
+                        table["target"][places[which]] = found.targets.double().cpu().numpy()
+                        table["predicted"][places[which]] = value.double().cpu().numpy()
     return {name: Scores(**table) for name, table in tables.items()}

@@ -10,7 +10,9 @@ from torch import Tensor
 from lorapack.core.statistics import Moments, Statistics
 from lorapack.data.batches import Batch
 from lorapack.errors import InputError
-from lorapack.model.forward import losses, predict, run_body
+from lorapack.model import head
+from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body
+from lorapack.model.head import features, logits, separable
 from lorapack.model.load import NAME, Loaded
 
 Average = Literal["token", "sample"]
@@ -81,6 +83,8 @@ def measure_moments(
         InputError: a module that is never reached, or whose tokens cannot be told from padding.
     """
     modules = list(modules)
+    if loss:
+        separable(loaded)  # tried before the hooks see what it tries with
     sums: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
     weights = _Weights()
     weight = tokens = samples = 0.0
@@ -128,7 +132,7 @@ def measure_moments(
             tokens += int(weights.mask.sum())
             samples += len(batch.input_ids)
             if loss:
-                losses(loaded, predict(loaded, batch)).sum().backward()  # type: ignore[no-untyped-call]
+                _pull(loaded, batch)
             else:
                 run_body(loaded, batch)
     for module in modules:
@@ -142,6 +146,20 @@ def measure_moments(
         average=average,
         provenance=dict(provenance or {}),
     )
+
+
+def _pull(loaded: Loaded, batch: Batch) -> None:
+    """The backward pass of the summed loss; the head a chunk at a time, unless its inputs are measured as well."""
+    if acts_on_head(loaded):
+        losses(loaded, predict(loaded, batch)).sum().backward()  # type: ignore[no-untyped-call]
+        return
+    seen = features(loaded, batch)
+
+    def chunk(part: slice, states: Tensor) -> None:
+        output = logits(loaded, None, seen, states)
+        losses(loaded, Predictions(output, seen.targets[part], seen.rows[part])).sum().backward()  # type: ignore[no-untyped-call]
+
+    head.backward(loaded, seen, chunk)
 
 
 def measure_inputs(

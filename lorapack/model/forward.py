@@ -35,8 +35,8 @@ def inputs(batch: Batch) -> dict[str, Tensor]:
 def run_body(loaded: Loaded, batch: Batch) -> None:
     """Run the layers without the head, unless the adapter acts on the head."""
     base = loaded.base
-    run = base if _acts_on_head(loaded) else base.base_model
-    run(**inputs(batch), **_no_cache(loaded))
+    run = base if acts_on_head(loaded) else base.base_model
+    run(**inputs(batch), **no_cache(loaded))
 
 
 def predict(loaded: Loaded, batch: Batch) -> Predictions:
@@ -47,24 +47,29 @@ def predict(loaded: Loaded, batch: Batch) -> Predictions:
     """
     base = loaded.base
     if loaded.task == "SEQ_CLS":
-        logits = base(**inputs(batch), **_no_cache(loaded)).logits.float()
+        logits = single(base(**inputs(batch), **no_cache(loaded)).logits)
         return Predictions(logits, batch.labels, torch.arange(len(logits), device=logits.device))
     wanted = batch.labels[:, 1:] != IGNORED  # the logits at t predict the token at t + 1
     columns = wanted.any(dim=0).nonzero()[:, 0]
-    options = _no_cache(loaded)
-    if "logits_to_keep" in inspect.signature(base.forward).parameters and not _acts_on_head(loaded):
+    options = no_cache(loaded)
+    if "logits_to_keep" in inspect.signature(base.forward).parameters and not acts_on_head(loaded):
         logits = base(**inputs(batch), logits_to_keep=columns, **options).logits
     else:
         logits = base(**inputs(batch), **options).logits[:, columns]
     chosen = wanted[:, columns]
     rows = chosen.nonzero()[:, 0]
-    return Predictions(logits[chosen].float(), batch.labels[:, 1:][:, columns][chosen], rows)
+    return Predictions(single(logits[chosen]), batch.labels[:, 1:][:, columns][chosen], rows)
+
+
+def single(logits: Tensor) -> Tensor:
+    """In float32 where they are coarser: a sum over the vocabulary needs it."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def losses(loaded: Loaded, found: Predictions) -> Tensor:
     """(n,) the loss of each prediction: cross entropy, or squared error for regression."""
     if loaded.is_regression:
-        return (found.logits[:, 0] - found.targets.float()) ** 2
+        return (found.logits[:, 0] - found.targets.to(found.logits.dtype)) ** 2
     return functional.cross_entropy(found.logits, found.targets, reduction="none")
 
 
@@ -77,10 +82,10 @@ def divergences(loaded: Loaded, teacher: Tensor, student: Tensor) -> Tensor:
     ).sum(-1)
 
 
-def _acts_on_head(loaded: Loaded) -> bool:
+def acts_on_head(loaded: Loaded) -> bool:
     inside = {id(module) for module in loaded.base.base_model.modules()}
     return any(id(layer) not in inside for layer in loaded.layers.values())
 
 
-def _no_cache(loaded: Loaded) -> dict[str, bool]:
+def no_cache(loaded: Loaded) -> dict[str, bool]:
     return {"use_cache": False} if loaded.task == "CAUSAL_LM" else {}

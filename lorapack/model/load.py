@@ -129,6 +129,7 @@ def load(
             longest=_longest(max_length, config, tokenizer),
             classes=int(model.config.num_labels) if task == "SEQ_CLS" else None,
             label_ids={str(name): int(n) for name, n in (model.config.label2id or {}).items()},
+            vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
         ),
         layers={module: modules[module] for module in adapter.modules},
         task=task,

@@ -1,26 +1,70 @@
 """Train the packed factors for a few steps, the uncompressed adapter as the teacher."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorapack.core.adapter import Adapter
-from lorapack.data.batches import Batch, batches, training_batches
+from lorapack.core.adapter import Adapter, digest
+from lorapack.data.batches import Batch, batches, cut, training_batches
 from lorapack.data.encode import Encoded
 from lorapack.errors import InputError
-from lorapack.model.forward import divergences, losses, predict
+from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
-from lorapack.model.point import Placed, place, point, taken
+from lorapack.model.point import Placed, place, taken
+from lorapack.recover import state as states
+from lorapack.recover.mask import Masks, RankMask
+from lorapack.recover.objective import Objective, Teacher, backward, measured
+from lorapack.recover.state import State
 
-Objective = Literal["kl", "task"]
 CHECKS = 6  # how often the selection rows are looked at
 PATIENCE = 3  # checks in a row without improvement after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check without improvement
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
+AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with more and needs the memory
+
+Stop = Callable[[], AbstractContextManager[Callable[[], bool]]]
+
+
+def unstopped() -> AbstractContextManager[Callable[[], bool]]:
+    """Nobody asks it to stop."""
+    return nullcontext(lambda: False)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to recover.
+
+    Attributes:
+        steps: at most so many.
+        objective: ``kl`` to the original's predictions, the ``task``'s own loss, or the mean of ``both``.
+        learning_rate: at its peak; of factors that n modules share, over the root of n.
+        batch_size: rows a step.
+        rank_dropout: the probability with which a rank is off in training; 0 for none.
+        rank_mask: whether it is drawn for each ``token`` or for each ``step``.
+        checkpointing: compute activations twice and keep few of them.
+    """
+
+    steps: int = 100
+    objective: Objective = "kl"
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    rank_dropout: float = 0.0
+    rank_mask: RankMask = "token"
+    checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 1 or not self.learning_rate > 0:
+            raise InputError("--recover-steps must be 0 or more, --batch-size and --learning-rate above 0")
+        if not 0 <= self.rank_dropout < 1:
+            raise InputError(f"--rank-dropout {self.rank_dropout} is not a probability below 1")
 
 
 @dataclass(frozen=True)
@@ -28,9 +72,11 @@ class Recovery:
     """What the recovery did.
 
     Attributes:
-        objective: ``kl`` or ``task``.
+        objective: ``kl``, ``task`` or ``both``.
         steps: taken; `best` is the one whose state was kept, 0 the start.
         curve: (step, objective on the selection rows), the start first.
+        rank_dropout: of the ranks, in training and, with the same masks each time, for the curve.
+        stopped: whether it was asked to stop before its end.
     """
 
     objective: str
@@ -39,6 +85,8 @@ class Recovery:
     learning_rate: float
     batch_size: int
     curve: tuple[tuple[int, float], ...]
+    rank_dropout: float = 0.0
+    stopped: bool = False
 
 
 def recover(
@@ -47,13 +95,13 @@ def recover(
     packed: Adapter,
     training: Sequence[Encoded],
     selection: Sequence[Encoded],
+    settings: Settings,
     *,
-    steps: int,
-    objective: Objective = "kl",
-    learning_rate: float = 1e-3,
-    batch_size: int = 8,
     batch_tokens: int = 4096,
     seed: int = 0,
+    state: Path | None = None,
+    resume: bool = False,
+    stop: Stop = unstopped,
     watch: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, total: batches,
 ) -> tuple[Adapter, Recovery]:
     """Train the packed adapter's linear factors; the best state on the selection rows is returned.
@@ -66,76 +114,152 @@ def recover(
 
     Args:
         loaded: the base model.
-        original: the teacher (`kl`), the same base with its factors exchanged.
+        original: the teacher (`kl`, `both`), the same base with its factors exchanged.
         packed: where to start.
         training, selection: rows of two parts.
-        steps: at most so many.
-        objective: ``kl`` to the original's predictions, or the ``task``'s own loss.
-        learning_rate: at its peak.
-        batch_size: rows a step.
-        batch_tokens: tokens a batch when looking at the selection rows.
-        seed: of the order of the rows.
+        settings: how.
+        batch_tokens: tokens in memory at once; a batch with more is gone through in pieces.
+        seed: of the order of the rows and of the rank masks.
+        state: a file that holds, from check to check, all that is needed to go on. It goes when the
+            recovery comes to its end.
+        resume: go on from that file.
+        stop: entered while it trains; what it gives says whether to stop after the step at hand.
         watch: sees the batches go by.
 
     Raises:
-        InputError: the loss is not a finite number.
+        InputError: the loss is not a finite number, or the state is of another recovery.
     """
-    teacher, student = place(original, loaded.device), place(packed, loaded.device, trainable=True)
+    teacher = Teacher(loaded, place(original, loaded.device))
+    student = place(packed, loaded.device, trainable=True)
     trained = student.trained()
     parameters = list(trained.values())
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    optimizer, steps = _optimizer(student, settings.learning_rate), settings.steps
     warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
-    held = batches(selection, loaded.tokens_with_logits(batch_tokens), loaded.pad)
-
+    batch_tokens = at_once(loaded, batch_tokens)
+    held = batches(selection, batch_tokens, loaded.pad)
+    judge = Teacher(loaded, teacher.placed)
+    in_memory = batch_tokens if loaded.device.type == "cuda" else min(batch_tokens, AT_ONCE)
+    masks = Masks(settings.rank_dropout, settings.rank_mask, seed)
     dtypes = [getattr(packed.pool[n] if part in ("A", "B") else packed.modules[n], part).dtype for n, part in trained]
 
     def check() -> float:
         exact = _state(parameters)
         _restore(parameters, [value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)])  # as it is written
-        with torch.no_grad():
-            found = [_objective(loaded, teacher, student, b.to(loaded.device), objective) for b in held]
+        found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
         _restore(parameters, exact)
-        return sum(float(t.sum()) for t in found) / sum(len(t) for t in found)
+        return found
 
-    curve = [(0, check())]
-    best, state, waited, cuts = 0, _state(parameters), 0, 0
-    every = max(1, steps // CHECKS)
-    step = 0
-    for batch in watch(training_batches(training, batch_size, steps, loaded.pad, seed), steps):
-        step += 1
-        loss = _objective(loaded, teacher, student, batch.to(loaded.device), objective).mean()
-        if not torch.isfinite(loss):
-            raise InputError(f"recovery: the loss is {loss.item()} at step {step}; a lower --learning-rate may help")
-        loss.backward()  # type: ignore[no-untyped-call]
-        rising, falling = step / warm_up, 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps + 1 - warm_up)))
-        optimizer.param_groups[0]["lr"] = learning_rate * BACK_OFF**cuts * min(rising, falling)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % every == 0 or step == steps:
-            curve.append((step, check()))
-            if curve[-1][1] < min(value for _, value in curve[:-1]):
-                best, state, waited = step, _state(parameters), 0
-                continue
-            waited, cuts = waited + 1, cuts + 1
-            if waited == PATIENCE:
-                break
-            if waited > 1:  # a smaller rate alone did not help
-                _restore(parameters, state)
-                optimizer.state.clear()
-    _restore(parameters, state)
-    record = Recovery(objective, step, best, learning_rate, batch_size, tuple(curve))
-    return taken(packed, student) if best else packed, record
+    def train(batch: Batch) -> float:
+        """One step's gradients; the mean objective."""
+        masks.renew(step=True)
+        total, count = 0.0, 0
+        for piece in cut(batch, in_memory):
+            masks.renew()
+            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective)
+            total, count = total + value, count + number
+        for p in parameters:
+            if p.grad is not None:
+                p.grad /= count
+        return total / count
+
+    facts = asdict(settings) | {
+        "seed": seed,
+        "start": digest(packed),
+        "teacher": digest(original),
+        "rows": [len(training), len(selection), sum(sum(row.input_ids) for row in training)],
+    }
+    with masks.on(loaded, student) if masks.p else nullcontext(), _checkpointing(loaded, settings.checkpointing):
+        if state is not None and resume:
+            at = states.load(state, facts, parameters)
+            _restore(parameters, at.now)
+            states.restore_moments(optimizer, parameters, at.moments)
+            if at.generator is not None:
+                masks.generator.set_state(at.generator)
+        else:
+            at = State(now=_state(parameters), kept=_state(parameters), curve=[(0, check())])
+        every = max(1, steps // CHECKS)
+        rows = training_batches(training, settings.batch_size, steps, loaded.pad, seed)
+        with stop() as asked:
+            for batch in watch(islice(rows, at.step, None), steps - at.step):
+                at.step += 1
+                loss = train(batch)
+                if not math.isfinite(loss):
+                    raise InputError(
+                        f"recovery: the loss is {loss} at step {at.step}; a lower --learning-rate may help"
+                    )
+                rising = at.step / warm_up
+                falling = 0.5 * (1 + math.cos(math.pi * (at.step - warm_up) / (steps + 1 - warm_up)))
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * group["share"] * BACK_OFF**at.cuts * min(rising, falling)
+                optimizer.step()
+                optimizer.zero_grad()
+                if at.step % every and at.step != steps and not asked():
+                    continue
+                at.curve.append((at.step, check()))
+                if at.curve[-1][1] < min(value for _, value in at.curve[:-1]):
+                    at.best, at.kept, at.waited = at.step, _state(parameters), 0
+                else:
+                    at.waited, at.cuts = at.waited + 1, at.cuts + 1
+                    if 1 < at.waited < PATIENCE:  # a smaller rate alone did not help
+                        _restore(parameters, at.kept)
+                        optimizer.state.clear()
+                if state is not None:
+                    at.now, at.moments = _state(parameters), states.moments(optimizer, parameters)
+                    at.generator = masks.generator.get_state()
+                    states.save(at, state, facts)
+                if at.waited == PATIENCE or asked():
+                    break
+            stopped = asked() and at.step < steps
+    _restore(parameters, at.kept)
+    if state is not None and not stopped:
+        state.unlink(missing_ok=True)
+    record = Recovery(
+        settings.objective,
+        at.step,
+        at.best,
+        settings.learning_rate,
+        settings.batch_size,
+        tuple(at.curve),
+        settings.rank_dropout,
+        stopped,
+    )
+    return taken(packed, student) if at.best else packed, record
 
 
-def _objective(loaded: Loaded, teacher: Placed, student: Placed, batch: Batch, objective: Objective) -> Tensor:
-    if objective == "task":
-        point(loaded, student)
-        return losses(loaded, predict(loaded, batch))
-    point(loaded, teacher)
-    with torch.no_grad():
-        target = predict(loaded, batch).logits
-    point(loaded, student)
-    return divergences(loaded, target, predict(loaded, batch).logits)
+def _optimizer(student: Placed, learning_rate: float) -> torch.optim.AdamW:
+    """A parameter that n modules share gets n gradients added up, so its rate is over the root of n."""
+    users = Counter(name for name, _ in student.pointers.values())
+    groups = [
+        {"params": [parameter], "share": users[name] ** -0.5 if part in ("A", "B") and users[name] else 1.0}
+        for (name, part), parameter in student.trained().items()
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+
+
+@contextmanager
+def _checkpointing(loaded: Loaded, wanted: bool) -> Iterator[None]:
+    """The model's layers recompute their activations in the backward pass.
+
+    transformers does so in training mode only. Here each layer alone is said to be in training, what is
+    inside it not, so that no dropout comes to life.
+    """
+    layers: list[Any] = []
+    if wanted:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        layers = [m for m in loaded.base.modules() if isinstance(m, GradientCheckpointingLayer)]
+        if not layers:
+            raise InputError(f"--checkpointing: {type(loaded.base).__name__} has no layers that can recompute")
+        loaded.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
+        if layers:
+            loaded.base.gradient_checkpointing_disable()
 
 
 def _state(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

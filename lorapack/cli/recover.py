@@ -1,0 +1,78 @@
+"""`lorapack recover`."""
+
+from typing import Any
+
+import click
+
+from lorapack.cli import options
+
+
+@click.command()
+@options.ADAPTER
+@click.option("--teacher", metavar="DIR", help="The adapter it was made from, whose predictions it is to keep.")
+@options.DATA
+@options.OUT
+@click.option("--eval-data", metavar="FILE", help="Rows to evaluate on; otherwise cut off the data.")
+@click.option("--steps", type=int, default=100, show_default=True, help="At most so many.")
+@options.RECOVERY
+@options.SAMPLE
+@options.SEED
+@options.MODEL
+@options.REVISION
+@options.JSON
+def recover(
+    adapter: str,
+    teacher: str | None,
+    data: str,
+    out: str,
+    overwrite: bool,
+    revision: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Train ADAPTER briefly towards the adapter it was made from, and evaluate it.
+
+    On the selection rows it never gets worse: the best state, the start included, is written. Ctrl-C
+    stops the training and keeps the best so far; a second one aborts.
+
+    \b
+    Examples:
+      lorapack recover smaller --teacher my-adapter --data more.jsonl -o better
+      lorapack recover my-adapter --rank-dropout 0.5 --data more.jsonl -o to-be-cut
+    """
+    from dataclasses import fields
+    from pathlib import Path
+
+    from lorapack.cli.files import read_report
+    from lorapack.cli.progress import watch
+    from lorapack.cli.stop import on_signal
+    from lorapack.core.report import to_json
+    from lorapack.hub import find_adapter, read_adapter
+    from lorapack.recover import Settings
+    from lorapack.recovery import recover_adapter
+    from lorapack.write import new_directory, put_adapter
+
+    place = find_adapter(adapter, revision)
+    source, report = read_adapter(place), read_report(place)
+    how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings)})
+    inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
+    with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path)) as directory:
+        made = recover_adapter(
+            source,
+            data,
+            teacher=read_adapter(teacher) if teacher else None,
+            settings=how,
+            used=report.used_rows() if report else (),
+            name=Path(adapter).name,
+            watch=watch,
+            stop=on_signal,
+            **settings,
+        )
+        put_adapter(made.adapter, directory, report=made.report)
+    if as_json:
+        click.echo(to_json(made.report), nl=False)
+        return
+    from lorapack.cli.show import print_report
+
+    print_report(made.report)
+    click.echo(f"Wrote {out}")

@@ -1,0 +1,145 @@
+"""What the recovery makes small, and its slope in the logits; written out, so that no graph holds the vocabulary."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorapack.data.batches import Batch
+from lorapack.model import head
+from lorapack.model.forward import Predictions, divergences, losses
+from lorapack.model.head import features, logits, parts
+from lorapack.model.load import Loaded
+from lorapack.model.point import Placed, point
+
+Objective = Literal["kl", "task", "both"]
+MOST_KEPT = 2**28  # bytes of the teacher's hidden states that are kept from one epoch to the next
+
+
+class Teacher:
+    """The original adapter's hidden states of each row; computed once a row, as far as `MOST_KEPT` goes."""
+
+    def __init__(self, loaded: Loaded, placed: Placed) -> None:
+        self.loaded, self.placed = loaded, placed
+        self._kept: dict[int, Tensor] = {}
+        self._bytes = 0
+
+    def values(self, batch: Batch) -> Tensor:
+        """The `Features.values` of a batch; the model is left pointing at the teacher."""
+        point(self.loaded, self.placed)
+        if all(place in self._kept for place in batch.places):
+            return torch.cat([self._kept[place] for place in batch.places])
+        with torch.no_grad(), precision(self.loaded):
+            found = features(self.loaded, batch)
+        counts = torch.bincount(found.rows, minlength=len(batch.places)).tolist()
+        for place, of_row in zip(batch.places, torch.split(found.values, counts), strict=True):
+            size = of_row.numel() * of_row.element_size()
+            if place not in self._kept and self._bytes + size <= MOST_KEPT:
+                self._kept[place] = of_row.clone()
+                self._bytes += size
+        return found.values
+
+
+def measured(
+    loaded: Loaded, student: Placed, teacher: Teacher, batches: Iterable[Batch], objective: Objective
+) -> float:
+    """The mean of the objective over the predictions of some batches."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(loaded.device)
+            target = teacher.values(batch) if objective != "task" else None
+            point(loaded, student)
+            with precision(loaded):
+                seen = features(loaded, batch)
+            for part in parts(loaded, seen):
+                with precision(loaded):
+                    theirs = None if target is None else logits(loaded, teacher.placed, seen, target[part])
+                    ours = logits(loaded, student, seen, seen.values[part])
+                value = torch.zeros_like(ours[:, 0])
+                if theirs is not None:
+                    value += divergences(loaded, theirs, ours)
+                if objective != "kl":
+                    value += losses(loaded, Predictions(ours, seen.targets[part], seen.rows[part]))
+                total += float(value.sum(dtype=torch.float64)) / (2 if objective == "both" else 1)
+            count += len(seen)
+    return total / count
+
+
+def backward(
+    loaded: Loaded, student: Placed, teacher: Teacher, batch: Batch, objective: Objective
+) -> tuple[float, int]:
+    """Add the gradient of the *sum* of the objective over a batch to the student's parameters.
+
+    In two stages: chunk by chunk through the head, which leaves a gradient in the hidden states, then
+    once through the body. The sum, not the mean: what is added up over parts of a batch is divided once.
+
+    Returns:
+        The sum, and over how many predictions it is.
+    """
+    target = teacher.values(batch) if objective != "task" else None
+    point(loaded, student)
+    with precision(loaded):
+        seen = features(loaded, batch)
+    total = 0.0
+
+    def chunk(part: slice, states: Tensor) -> None:
+        nonlocal total
+        with precision(loaded):
+            with torch.no_grad():
+                theirs = None if target is None else logits(loaded, teacher.placed, seen, target[part])
+            ours = logits(loaded, student, seen, states)
+        value, slope = slope_in_logits(ours.detach(), seen.targets[part], theirs, objective, loaded.is_regression)
+        total += float(value.sum(dtype=torch.float64))
+        ours.backward(slope)  # type: ignore[no-untyped-call]
+
+    head.backward(loaded, seen, chunk)
+    return total, len(seen)
+
+
+def slope_in_logits(
+    ours: Tensor, targets: Tensor, theirs: Tensor | None, objective: Objective, regression: bool
+) -> tuple[Tensor, Tensor]:
+    """The objective of each prediction, (n,), and its derivative in the student's logits, (n, classes).
+
+    KL(teacher || student) falls along softmax(student) - softmax(teacher), cross entropy along
+    softmax(student) - the target; ``both`` is the mean of the two.
+
+    Args:
+        ours, theirs: (n, classes) float32 logits; `theirs` is overwritten, and None for ``task``.
+        targets: (n,) class or number.
+    """
+    share = 0.5 if objective == "both" else 1.0
+    if regression:
+        value, slope = torch.zeros_like(ours[:, 0]), torch.zeros_like(ours)
+        for aim in ([theirs[:, 0]] if theirs is not None else []) + (
+            [targets.to(ours.dtype)] if objective != "kl" else []
+        ):
+            value += share * (ours[:, 0] - aim) ** 2
+            slope[:, 0] += share * 2 * (ours[:, 0] - aim)
+        return value, slope
+    log_ours = ours - ours.logsumexp(-1, keepdim=True)
+    value = torch.zeros_like(ours[:, 0])
+    if objective != "kl":
+        value -= share * log_ours.gather(1, targets[:, None])[:, 0]
+    expected = None
+    if theirs is not None:
+        theirs -= theirs.logsumexp(-1, keepdim=True)
+        expected = theirs.exp()
+        value += share * (theirs.sub_(log_ours).mul_(expected)).sum(-1)
+    slope = log_ours.exp_()
+    if expected is not None:
+        slope -= expected.mul_(share)
+    if objective != "kl":
+        slope.scatter_add_(1, targets[:, None], torch.full_like(targets[:, None], -share, dtype=slope.dtype))
+    return value, slope
+
+
+def precision(loaded: Loaded) -> AbstractContextManager[object]:
+    """The base's own where that is bf16 or fp16: the factors, float32 parameters, are multiplied in it as well."""
+    dtype = next(loaded.base.parameters()).dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(loaded.device.type, dtype=dtype)
+    return nullcontext()

@@ -1,0 +1,111 @@
+"""The state of a recovery on disk, from which it can go on; tensors and JSON, no pickle."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorapack.errors import InputError, OutputError
+from lorapack.read.files import read_safetensors
+
+KIND = "lorapack_recovery"
+
+
+@dataclass(eq=False)
+class State:
+    """Where a recovery stands.
+
+    Attributes:
+        step: taken so far; `best` the one with the best objective, `waited` checks ago, after `cuts` of the rate.
+        curve: (step, objective on the selection rows).
+        now, kept: the parameters, and those of the best step.
+        moments: of the optimiser, by name; empty before its first step.
+        generator: of the rank masks.
+    """
+
+    now: list[Tensor]
+    kept: list[Tensor]
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    step: int = 0
+    best: int = 0
+    waited: int = 0
+    cuts: int = 0
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    generator: Tensor | None = None
+
+
+def save(state: State, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write the state, whole or not at all; `facts` say which recovery it is of.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    tensors = {f"now.{n}": t for n, t in enumerate(state.now)} | {f"kept.{n}": t for n, t in enumerate(state.kept)}
+    tensors |= {f"moments.{name}": t for name, t in state.moments.items()}
+    if state.generator is not None:
+        tensors["generator"] = state.generator
+    header = {name: getattr(state, name) for name in ("curve", "step", "best", "waited", "cuts")}
+    metadata = {KIND: json.dumps({"facts": facts, **header})}
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(descriptor)
+        try:
+            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
+            Path(temporary).replace(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{path} cannot be written: {error}") from None
+
+
+def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
+    """Read a state.
+
+    Raises:
+        InputError: it is no such file, or of another recovery; names what differs.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        header = json.loads(metadata[KIND])
+        before = header.pop("facts")
+        differs = sorted(name for name in {*before, *facts} if before.get(name) != facts.get(name))
+        if differs:
+            raise InputError(f"{path} is the state of another recovery: it differs in {', '.join(differs)}")
+
+        def several(name: str) -> list[Tensor]:
+            return [tensors[f"{name}.{n}"].to(p.device) for n, p in enumerate(like)]
+
+        return State(
+            now=several("now"),
+            kept=several("kept"),
+            curve=[(int(step), float(value)) for step, value in header.pop("curve")],
+            moments={n.removeprefix("moments."): t for n, t in tensors.items() if n.startswith("moments.")},
+            generator=tensors.get("generator"),
+            **{name: int(value) for name, value in header.items()},
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no state of a recovery ({error!r})") from None
+
+
+def moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{n}.{name}": value for n, p in enumerate(parameters) for name, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Mapping[str, Tensor]
+) -> None:
+    optimizer.state.clear()
+    for name, value in found.items():
+        n, _, which = name.partition(".")
+        p = parameters[int(n)]
+        optimizer.state[p][which] = value if which == "step" else value.to(p.device)
