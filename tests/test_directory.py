@@ -315,7 +315,8 @@ torch.set_num_threads(1)
 adapter, base, data, held, folder = sys.argv[1:]
 out = Path(folder) / "out"
 arguments = ["lorapack", "compress", adapter, "--base", base, "--data", data, "--eval-data", held, "--sample", "2",
-             "--max-length", "32", "--recover-steps", "1", "--batch-size", "2", "-o", str(out), "--overwrite"]
+             "--method", "lora-drop", "--max-length", "32", "--recover-steps", "1", "--batch-size", "2",
+             "-o", str(out), "--overwrite"]
 transformers.AutoConfig, transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # import what is lazy
 transformers.AutoModelForCausalLM.from_pretrained(base)
 transformers.AutoTokenizer.from_pretrained(base)
