@@ -14,7 +14,7 @@ from lorapack.data.encode import Encoded
 from lorapack.data.prepare import Prepared
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
-from lorapack.evaluate.scores import score
+from lorapack.evaluate.scores import Scores, score
 from lorapack.measure.measure import measure_rows
 from lorapack.measure.moments import Average, measure_inputs
 from lorapack.model.head import at_once
@@ -96,15 +96,16 @@ def packed(job: Job, plan: Plan, statistics: Statistics | None) -> Adapter:
     return pack_adapter(job.adapter, plan, statistics, inputs, job.share_init, job.seed)
 
 
+def scores(job: Job, rows: Sequence[Encoded], adapters: Mapping[str, Adapter | None], step: str) -> dict[str, Scores]:
+    """Adapters (None is the base alone) on some rows; the first is the one that the others are compared with."""
+    variants = {name: place(adapter, job.loaded.device) for name, adapter in adapters.items()}
+    seen = job.watch(step, job.batches(rows, logits=True))
+    return score(job.loaded, variants, next(iter(adapters)), seen, len(rows))
+
+
 def figures(job: Job, rows: Sequence[Encoded], compressed: Adapter, step: str = "evaluate") -> Quality:
     """Base, original and compressed on some rows."""
-    variants = {
-        "base": place(None, job.loaded.device),
-        "original": place(job.adapter, job.loaded.device),
-        "compressed": place(compressed, job.loaded.device),
-    }
-    seen = job.watch(step, job.batches(rows, logits=True))
-    found = score(job.loaded, variants, "original", seen, len(rows))
+    found = scores(job, rows, {"original": job.adapter, "base": None, "compressed": compressed}, step)
     return quality(found, job.loaded.reader.classes, job.seed)
 
 
@@ -233,12 +234,10 @@ def best_plan(
     if len(plans) == 1 or not job.prepared.selection:
         return plans[0]
 
-    def distance(plan: Plan) -> float:
-        smaller = store_adapter(packed(job, plan, statistics), job.store)
-        found = figures(job, job.prepared.selection, smaller, "try").divergence
-        return found.value if found is not None and found.value is not None else float("inf")
-
-    return min(plans, key=distance)
+    made = [store_adapter(packed(job, plan, statistics), job.store) for plan in plans]
+    compared = {"original": job.adapter} | {str(n): adapter for n, adapter in enumerate(made)}
+    found = scores(job, job.prepared.selection, compared, "try")
+    return plans[min(range(len(plans)), key=lambda n: float(found[str(n)].divergence.sum()))]
 
 
 def smallest_plan(
@@ -261,6 +260,7 @@ def smallest_plan(
     """
     whole = size(job.adapter).parameters
     tried: list[tuple[int, float]] = []
+    known = scores(job, job.prepared.selection, {"original": job.adapter, "base": None}, "search")
 
     def attempt(budget: int) -> Plan | None:
         try:
@@ -268,7 +268,8 @@ def smallest_plan(
         except InputError:  # too small for any plan
             return None
         smaller = packed(job, plan, statistics)
-        found = figures(job, job.prepared.selection, store_adapter(smaller, job.store), "search").retained
+        now = scores(job, job.prepared.selection, {"compressed": store_adapter(smaller, job.store)}, "search")
+        found = quality(known | now, job.loaded.reader.classes, job.seed).retained
         if found is None or found.low is None:
             raise InputError(
                 "--retain: on the selection rows the original is not measurably better than the base; "

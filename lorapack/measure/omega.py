@@ -14,7 +14,7 @@ from lorapack.model.point import place, point
 from lorapack.watch import Watch, unwatched
 
 FEWER = 0.7  # each stage allows so many of the modules of the one before
-STEPS = 4  # of gradient descent a stage
+STEPS = 8  # of gradient descent a stage
 FIRST_STEP = 0.2  # of the weight with the largest gradient
 
 
