@@ -9,6 +9,7 @@ import click
 
 from lorapack import __version__
 from lorapack.cli.compress import compress
+from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.inspect import inspect
@@ -28,7 +29,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, sweep, evaluate, expand):
+for command in (compress, inspect, measure, plan, methods, sweep, evaluate, diff, expand):
     cli.add_command(command)
 
 
