@@ -15,7 +15,8 @@ def page() -> str:
         "Made from the commands' own help by `make docs`.",
         "",
         "Exit codes: 0 done; 2 bad input, one line on standard error that says what, where and what to do, and",
-        "nothing written; 1 a fault of lorapack; 130 interrupted.",
+        "nothing written; 3 a gate not met, one line that says which ([ci.md](ci.md)); 1 a fault of lorapack;",
+        "130 interrupted.",
         "",
     ]
     context = click.Context(cli, info_name="lorapack", terminal_width=100, **cli.context_settings)

@@ -5,5 +5,9 @@ class InputError(Exception):
     """What was given cannot be used; the message is one line for the user. Exit code 2."""
 
 
+class GateError(Exception):
+    """A result does not keep to a limit that was asked for; the message is one line. Exit code 3."""
+
+
 class OutputError(InputError):
     """The result cannot be written (exists, no permission, no space). Exit code 2."""

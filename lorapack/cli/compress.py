@@ -36,6 +36,7 @@ from lorapack.cli import options
 @options.AVERAGE
 @options.SEED
 @options.MODEL
+@options.GATES
 @options.REVISION
 @options.JSON
 def compress(
@@ -55,20 +56,27 @@ def compress(
     ADAPTER is a PEFT directory or a Hub id. OUT loads with PeftModel.from_pretrained after
     `import lorapack`, and `lorapack expand` makes a plain PEFT adapter of it.
 
+    A gate that is not met ends it with exit code 3; OUT is written all the same, to be looked at.
+
     \b
-    Example:
+    Examples:
       lorapack compress my-adapter --data calibration.jsonl -o smaller
+      lorapack compress my-adapter --data calibration.jsonl -o smaller --min-retained 99%
     """
+    from dataclasses import replace
     from pathlib import Path
 
     from lorapack.cli.files import read_plan, read_statistics
+    from lorapack.cli.gates import settle, take_gates
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.core.report import to_json
     from lorapack.hub import find_adapter, read_adapter
+    from lorapack.ship.gates import judge
     from lorapack.write import new_directory, put_adapter
 
+    gates, junit = take_gates(settings, quality=data is not None, without="--data")
     source = read_adapter(find_adapter(adapter, revision))
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
     with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path)) as directory:
@@ -83,11 +91,13 @@ def compress(
             stop=on_signal,
             **settings,
         )
-        put_adapter(made.adapter, directory, report=made.report)
+        report = replace(made.report, gates=judge(gates, made.report.after, made.report.quality))
+        put_adapter(made.adapter, directory, report=report)
     if as_json:
-        click.echo(to_json(made.report), nl=False)
-        return
-    from lorapack.cli.show import print_report
+        click.echo(to_json(report), nl=False)
+    else:
+        from lorapack.cli.show import print_report
 
-    print_report(made.report)
-    click.echo(f"Wrote {out}")
+        print_report(report)
+        click.echo(f"Wrote {out}")
+    settle(report.gates, junit, "lorapack compress", tell=not as_json, written=out)

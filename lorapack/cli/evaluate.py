@@ -13,6 +13,7 @@ from lorapack.cli import options
 @click.option("--original", metavar="DIR", help="The adapter it was made from, to compare with.")
 @options.SEED
 @options.MODEL
+@options.GATES
 @options.REVISION
 @options.JSON
 def evaluate(
@@ -20,16 +21,21 @@ def evaluate(
 ) -> None:
     """Evaluate ADAPTER on held-out rows, beside its base and its original.
 
-    Rows that ADAPTER was compressed with, as its report.json says, are left out.
+    Rows that ADAPTER was compressed with, as its report.json says, are left out. A gate that is not
+    met ends it with exit code 3, after the figures were printed.
     """
     import json
     from dataclasses import asdict
 
     from lorapack.cli.files import read_report
+    from lorapack.cli.gates import settle, take_gates
     from lorapack.cli.progress import watch
+    from lorapack.core.adapter import size
     from lorapack.evaluate import evaluate_adapters
     from lorapack.hub import find_adapter, read_adapter
+    from lorapack.ship.gates import judge
 
+    gates, junit = take_gates(settings, quality=original is not None, without="--original")
     directory = find_adapter(adapter, revision)
     found = read_adapter(directory)
     report = read_report(directory)
@@ -37,11 +43,14 @@ def evaluate(
     quality, facts = evaluate_adapters(
         first, data, compressed=second, used=report.used_rows() if report else (), watch=watch, **settings
     )
+    outcomes = judge(gates, size(found), quality)
     if as_json:
-        click.echo(json.dumps({"quality": asdict(quality), "data": facts}, indent=1))
-        return
-    from lorapack.cli.show import print_quality
+        said = {"quality": asdict(quality), "data": facts, "gates": [asdict(outcome) for outcome in outcomes]}
+        click.echo(json.dumps(said, indent=1))
+    else:
+        from lorapack.cli.show import print_quality
 
-    print_quality(quality)
-    if facts["rows_used_before"]:
-        click.echo(f"{facts['rows_used_before']} rows were used to compress it and are left out")
+        print_quality(quality)
+        if facts["rows_used_before"]:
+            click.echo(f"{facts['rows_used_before']} rows were used to compress it and are left out")
+    settle(outcomes, junit, "lorapack evaluate", tell=not as_json)

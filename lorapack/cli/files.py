@@ -43,6 +43,11 @@ def write_plan(plan: Plan, path: str, overwrite: bool) -> None:
     _write(path, overwrite, lambda temporary: Path(temporary).write_text(plans.to_json(plan)))
 
 
+def write_text(text: str, path: str) -> None:
+    """A file that says how a run went, in place of that of an earlier run."""
+    _write(path, True, lambda temporary: Path(temporary).write_text(text))
+
+
 def refuse_existing(path: str, overwrite: bool, *inputs: str | None) -> None:
     refuse_overlap(path, *(given for given in inputs if given))
     if os.path.lexists(path) and not overwrite:

@@ -9,6 +9,7 @@ import click
 
 from lorapack import __version__
 from lorapack.cli.compress import compress
+from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.inspect import inspect
@@ -17,9 +18,9 @@ from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
-from lorapack.errors import InputError
+from lorapack.errors import GateError, InputError
 
-BAD_INPUT, INTERRUPTED, INTERNAL = 2, 130, 1
+BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -29,12 +30,12 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, expand):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand):
     cli.add_command(command)
 
 
 def main() -> None:
-    """Run the command line; exit 0, 2 for bad input (one line on stderr), 1 for a fault of ours."""
+    """Run the command line; exit 0, or with one line on stderr: 2 bad input, 3 a gate not met, 1 a fault of ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours says how far it is
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in sys.argv
@@ -64,6 +65,8 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
         if debug:
             raise
         return _say(str(error).replace("\n", " "), BAD_INPUT)
+    except GateError as missed:
+        return _say(str(missed), GATE)
     except Exception as error:
         if debug:
             raise

@@ -38,9 +38,21 @@ def parse_share(_: click.Context, parameter: click.Parameter, value: str | None)
     try:
         return float(value[:-1]) / 100 if value.endswith("%") else float(value)
     except ValueError:
-        raise InputError(f"--{parameter.name} {value!r} is not a share like 99%") from None
+        raise InputError(f"{parameter.opts[0]} {value!r} is not a share like 99%") from None
 
 
+def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """``200KB`` or ``200000`` as 200000."""
+    if value is None:
+        return None
+    unit = next((unit for unit in UNITS if value.upper().endswith(unit)), "")
+    try:
+        return int(float(value[: len(value) - len(unit)]) * UNITS.get(unit, 1))
+    except (ValueError, OverflowError):
+        raise InputError(f"--max-bytes {value!r} is not a size like 200KB") from None
+
+
+UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
 ADAPTER = click.argument("adapter", metavar="ADAPTER")
 REVISION = click.option("--revision", metavar="REV", help="Branch, tag or commit of an adapter on the Hub.")
 OUT = together(
@@ -120,6 +132,24 @@ RECOVERY = together(
     click.option("--checkpointing", is_flag=True, help="Less memory in the recovery, a third slower."),
     click.option("--state", metavar="FILE", help="Keep the recovery's state here."),
     click.option("--resume", is_flag=True, help="Go on from --state."),
+)
+
+GATES = together(
+    click.option(
+        "--min-retained",
+        callback=parse_share,
+        metavar="P%",
+        help="Exit 3 unless the lower bound of the gain retained reaches this.",
+    ),
+    click.option(
+        "--max-loss-increase",
+        type=float,
+        metavar="X",
+        help="Exit 3 if the upper bound of the loss increase is above this.",
+    ),
+    click.option("--max-bytes", callback=parse_bytes, metavar="N|KB", help="Exit 3 if there are more LoRA bytes."),
+    click.option("--max-params", type=int, metavar="N", help="Exit 3 if there are more LoRA parameters."),
+    click.option("--junit", metavar="FILE", help="Write the gates and their outcome as JUnit XML."),
 )
 
 

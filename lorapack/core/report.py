@@ -35,6 +35,8 @@ class Quality:
         agreement: share of predictions whose most likely outcome is the original's.
         retained: gain retained in loss, (base - compressed) / (base - original); None where the
             original is not measurably better than the base on these rows.
+        increase: loss of the compressed minus the original's, on the same resamples, nats a prediction
+            (or squared error).
     """
 
     rows: int
@@ -43,6 +45,26 @@ class Quality:
     divergence: Interval | None = None
     agreement: Interval | None = None
     retained: Interval | None = None
+    increase: Interval | None = None
+
+
+@dataclass(frozen=True)
+class GateOutcome:
+    """A limit that was asked for, and whether the result keeps to it.
+
+    Attributes:
+        gate: the option's name, ``min-retained``.
+        limit: as a number, 0.99 for 99%.
+        figure: the measured one; sizes are exact. None where it is not defined.
+        bound: the end of the interval that decided.
+        met: whether the bound keeps to the limit.
+    """
+
+    gate: str
+    limit: float
+    figure: Interval | None
+    bound: float | None
+    met: bool
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,7 @@ class Report:
         data: sources, columns, parts; with fingerprints of the rows that were used. None without data.
         recovery: settings and the curve, or None.
         quality: on the evaluation rows, or None.
+        gates: the limits that were asked for, and their outcome.
     """
 
     version: int
@@ -93,6 +116,7 @@ class Report:
     data: Mapping[str, Any] | None = None
     recovery: Mapping[str, Any] | None = None
     quality: Quality | None = None
+    gates: tuple[GateOutcome, ...] = ()
 
     def used_rows(self) -> set[str]:
         """Fingerprints of the rows that were used to compress, and may not be evaluated on."""

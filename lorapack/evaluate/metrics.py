@@ -117,6 +117,7 @@ def quality(scores: Mapping[str, Scores], classes: int | None, seed: int) -> Qua
     if {"base", "compressed"} <= scores.keys():
         kept = retained(*(loss(counts, scores[variant]) for variant in ("base", "original", "compressed")))
     other = scores.get("compressed")
+    increase = loss(counts, other) - loss(counts, scores["original"]) if other else None
     return Quality(
         rows=rows,
         predictions=int(scores["original"].predictions.sum()),
@@ -124,6 +125,7 @@ def quality(scores: Mapping[str, Scores], classes: int | None, seed: int) -> Qua
         divergence=interval(divergence(counts, other)) if other else None,
         agreement=interval(agreement(counts, other)) if other and classes != 1 else None,
         retained=kept,
+        increase=None if increase is None else interval(increase),
     )
 
 
