@@ -30,6 +30,7 @@ _PUBLIC = {
     "describe_adapter": "lorapack.describe",
     "evaluate_adapters": "lorapack.evaluate",
     "measure_adapter": "lorapack.measure",
+    "merge_adapter": "lorapack.merge.merge",
     "pack_adapter": "lorapack.pack",
     "plan_adapter": "lorapack.job",
     "read_adapter": "lorapack.hub",

@@ -14,6 +14,7 @@ from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
+from lorapack.cli.merge import merge
 from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
@@ -30,7 +31,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge):
     cli.add_command(command)
 
 

@@ -6,7 +6,12 @@ out (``model.layers.self_attn.q_proj``), so attention's and the MLP's ``c_proj``
 do an encoder's and a decoder's layers.
 """
 
+import re
+
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
+LORA = re.compile(
+    r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?$"
+)  # a factor's name in a checkpoint
 
 
 def order(module: str) -> tuple[tuple[int, int, str], ...]:

@@ -1,6 +1,5 @@
 """A checkpoint directory as an `Adapter`."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,14 @@ from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Kind, Pointer
 from lorapack.core.codes import Codes
-from lorapack.core.names import PREFIX
+from lorapack.core.names import LORA, PREFIX
 from lorapack.errors import InputError
 from lorapack.read.compact import Form, manifest, unfold
 from lorapack.read.config import COMPACT_TYPE, LoraSettings, check_config
-from lorapack.read.files import read_bin, read_json, read_safetensors
+from lorapack.read.files import BIN, CONFIG, REPORT, SAFETENSORS, read_bin, read_json, read_safetensors
 from lorapack.read.stored import unstored
 
-CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-REPORT = "report.json"
-_LORA = re.compile(r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?$")
+__all__ = ["BIN", "CONFIG", "REPORT", "SAFETENSORS", "from_tensors", "read_adapter", "read_tensors"]
 
 
 def read_adapter(directory: str | Path) -> Adapter:
@@ -96,7 +93,7 @@ def from_tensors(
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{where}: {name} holds NaN or infinite numbers")
-        match = _LORA.match(name)
+        match = LORA.match(name)
         if name in own:
             if not tensor.is_floating_point():
                 raise InputError(f"{where}: {name} is stored as {tensor.dtype}; quantised adapters are not read")

@@ -3,13 +3,17 @@
 import json
 import struct
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from lorapack.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+REPORT = "report.json"
 
 LARGEST_JSON = 10_000_000  # bytes; a real adapter_config.json has two thousand
 LFS = b"version https://git-lfs"
@@ -56,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata.
 
     Raises:
@@ -97,12 +101,14 @@ def diagnose(path: Path, error: Exception) -> str:
     return f"{path} is no valid safetensors file ({str(error).splitlines()[0]})"
 
 
-def read_bin(path: Path) -> dict[str, Tensor]:
+def read_bin(path: Path) -> dict[str, "Tensor"]:
     """All tensors of a `.bin` file written by `torch.save`; objects other than tensors are refused.
 
     Raises:
         InputError: unreadable, or something else than a dictionary of tensors.
     """
+    import torch  # here: a merge of safetensors does without it
+
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -119,7 +125,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
             "Ask its author for adapter_model.safetensors"
         ) from None
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise InputError(f"{path} holds something else than named tensors")
     return dict(state)

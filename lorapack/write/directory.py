@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorapack.errors import OutputError
-from lorapack.read.adapter import CONFIG
+from lorapack.read.files import CONFIG
 
 _MARK = ".lorapack-"  # .OUT.lorapack-XXXX beside OUT, with a lock file that dies with its process
 _LOCK = ".lock"
@@ -18,7 +18,9 @@ _OLD = "old"
 
 
 @contextlib.contextmanager
-def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str | Path, ...] = ()) -> Iterator[Path]:
+def new_directory(
+    out: str | Path, *, overwrite: bool = False, inputs: tuple[str | Path, ...] = (), mark: str = CONFIG
+) -> Iterator[Path]:
     """A temporary directory beside `out` that takes its name when the block ends without an error.
 
     Everything is flushed to the disk before the rename. What killed runs have left beside `out`
@@ -26,8 +28,9 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
 
     Args:
         out: the directory to make.
-        overwrite: replace an existing one, at the end; only an empty one, or one that holds an adapter.
+        overwrite: replace an existing one, at the end; only an empty one, or one that holds `mark`.
         inputs: files and directories that must not be written to.
+        mark: the file by which a directory of the same kind is known.
 
     Raises:
         OutputError: `out` exists, lies in an input, or cannot be written; one line.
@@ -35,7 +38,7 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
     out = Path(os.path.abspath(out))
     refuse_overlap(out, *inputs)
     sweep(out)
-    _refuse_existing(out, overwrite)
+    _refuse_existing(out, overwrite, mark)
     work = lock = None
     made: list[Path] = []
     try:
@@ -50,7 +53,7 @@ def new_directory(out: str | Path, *, overwrite: bool = False, inputs: tuple[str
         try:
             yield inside
             _flush(inside)
-            _publish(inside, out, work / _OLD, overwrite)
+            _publish(inside, out, work / _OLD, overwrite, mark)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
                 raise OutputError(f"{out} cannot be written: {error.strerror}") from None
@@ -123,14 +126,15 @@ def _locked(work: Path) -> int:
     return descriptor
 
 
-def _refuse_existing(out: Path, overwrite: bool) -> None:
+def _refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
     if os.path.lexists(out):
         if not overwrite:
             raise OutputError(f"{out} exists; choose another output or pass --overwrite")
         if out.is_symlink() or not out.is_dir():
             raise OutputError(f"{out} is not a directory; choose another output")
-        if any(out.iterdir()) and not (out / CONFIG).exists():
-            raise OutputError(f"{out} holds no {CONFIG}: --overwrite replaces adapters only, choose another output")
+        if any(out.iterdir()) and not (out / mark).exists():
+            only = "adapters" if mark == CONFIG else "what this command wrote"
+            raise OutputError(f"{out} holds no {mark}: --overwrite replaces {only} only, choose another output")
 
 
 def _flush(directory: Path) -> None:
@@ -142,8 +146,8 @@ def _flush(directory: Path) -> None:
             os.close(descriptor)
 
 
-def _publish(inside: Path, out: Path, old: Path, overwrite: bool) -> None:
-    _refuse_existing(out, overwrite)  # again: another run may have been faster
+def _publish(inside: Path, out: Path, old: Path, overwrite: bool, mark: str) -> None:
+    _refuse_existing(out, overwrite, mark)  # again: another run may have been faster
     try:
         if out.exists():
             out.rename(old)

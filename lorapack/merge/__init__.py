@@ -1,0 +1,1 @@
+"""Merge an adapter into its base, from file to file: no model code, no whole tensor in memory."""

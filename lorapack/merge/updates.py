@@ -1,0 +1,206 @@
+"""What an adapter does to its base, as numpy arrays that are read when they are needed.
+
+A plain PEFT checkpoint in safetensors is read here, without torch: importing it would take several times
+as long as the merge. Anything else, and anything that looks odd, goes to `lorapack.read`, which
+reads every format and says what is wrong with a damaged one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorapack.core.names import LORA, PREFIX
+from lorapack.errors import InputError
+from lorapack.merge.layout import FLOATS, Entry, Shard, fill, read_shard
+from lorapack.merge.numbers import STORED, Array, widen
+from lorapack.read.config import LoraSettings, check_config
+from lorapack.read.files import CONFIG, SAFETENSORS, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorapack.core.adapter import Adapter, Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """One module's ``scale * B @ A``.
+
+    Attributes:
+        kind: ``linear``, ``embedding`` or ``conv``.
+        a, b: the shapes of A and B as stored, the rank first in A and second in B.
+        scale: the factor of the product.
+        read: A of shape (r, d_in) and B of shape (d_out, r), float32 (float64 if stored so); the kernel of a
+            convolution is flattened into d_in.
+    """
+
+    kind: "Kind"
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    scale: float
+    read: Callable[[], tuple[Array, Array]]
+
+    @property
+    def weight(self) -> tuple[int, ...]:
+        """The shape of the weight of a linear layer, an embedding or a convolution that it fits."""
+        if self.kind == "embedding":  # A is (r, numbers), B (width, r), the weight (numbers, width)
+            return self.a[1], self.b[0]
+        return (self.b[0], *self.a[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A tensor that takes the place of one of the base's: its type (`STORED`), shape, and the stored numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Updates:
+    """An adapter, for merging.
+
+    Attributes:
+        config: its `adapter_config.json`.
+        settings: the same, checked.
+        modules: the updates, by the module's name in the base.
+        carried: saved modules and biases, by the tensor's name in the base.
+    """
+
+    config: Mapping[str, Any]
+    settings: LoraSettings
+    modules: Mapping[str, Update]
+    carried: Mapping[str, Carried]
+
+
+def read_updates(directory: Path) -> Updates:
+    """Read an adapter directory of any format lorapack knows.
+
+    Raises:
+        InputError: what `lorapack.read_adapter` refuses.
+    """
+    found = _plain(directory)
+    if found is None:
+        from lorapack.read.adapter import read_adapter
+
+        found = from_adapter(read_adapter(directory))
+    return found
+
+
+def from_adapter(adapter: "Adapter") -> Updates:
+    """The updates of an adapter in memory: shared factors, cores, vectors and codes as plain pairs."""
+    modules = {}
+    for name in adapter.modules:
+        factors = adapter.factors(name)
+        modules[name] = Update(
+            factors.kind,
+            tuple(factors.A.shape),
+            tuple(factors.B.shape),
+            adapter.scale(name),
+            lambda n=name: _arrays(adapter, n),  # type: ignore[misc]
+        )
+    carried = {_base_name(name): _carried(tensor) for name, tensor in adapter.carried.items()}
+    return Updates(adapter.config, check_config(adapter.config, CONFIG), modules, carried)
+
+
+def _arrays(adapter: "Adapter", module: str) -> tuple[Array, Array]:
+    import torch
+
+    factors = adapter.factors(module)
+    a, b = (t if t.dtype == torch.float64 else t.float() for t in (factors.A, factors.B))
+    return a.reshape(a.shape[0], -1).numpy(), b.reshape(b.shape[0], -1).numpy()
+
+
+def _carried(tensor: "Tensor") -> Carried:
+    import torch
+
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    if tensor.dtype not in names:
+        return Carried(str(tensor.dtype), tuple(tensor.shape), lambda: np.empty(0))
+    dtype = names[tensor.dtype]
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(STORED[dtype])
+    return Carried(dtype, tuple(tensor.shape), lambda: raw)
+
+
+def _base_name(name: str) -> str:
+    """The name in the base of a tensor that an adapter brings along."""
+    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+
+
+def _plain(directory: Path) -> Updates | None:
+    """A plain PEFT checkpoint; None where anything is not as expected."""
+    if not ((directory / CONFIG).is_file() and (directory / SAFETENSORS).is_file()):
+        return None
+    config = read_json(directory / CONFIG)
+    settings = check_config(config, str(directory / CONFIG))
+    if config["peft_type"] != "LORA":
+        return None
+    try:
+        shard = read_shard(directory / SAFETENSORS)
+    except InputError:
+        return None
+    pairs: dict[str, dict[str, str]] = {}
+    carried = {}
+    for name, entry in shard.entries.items():
+        match = LORA.match(name)
+        if entry.dtype not in FLOATS or not name.startswith(PREFIX):
+            return None
+        if match:
+            pairs.setdefault(match["module"].removeprefix(PREFIX), {})[match["part"]] = name
+        elif ".lora_" in name:
+            return None
+        else:
+            carried[_base_name(name)] = _lazy(shard, entry)
+    modules = {name: _update(shard, name, parts, settings) for name, parts in pairs.items()}
+    checked = {name: update for name, update in modules.items() if update is not None}
+    if not checked or len(checked) != len(modules) or not all(map(_finite, carried.values())):
+        return None
+    return Updates(config, settings, checked, carried)
+
+
+def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraSettings) -> Update | None:
+    """The update of a pair of factors; None where something is not as expected."""
+    for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        if parts.keys() == set(names):
+            a, b = (shard.entries[parts[name]] for name in names)
+            break
+    else:
+        return None
+    kind: Kind = "embedding" if "embedding" in names[0] else "conv" if len(a.shape) == 4 else "linear"
+    dimensions = 4 if kind == "conv" else 2
+    if not len(a.shape) == len(b.shape) == dimensions or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+        return None
+    if settings.rank(module) != a.shape[0] or not all(map(_finite, (_lazy(shard, a), _lazy(shard, b)))):
+        return None
+    return Update(
+        kind, a.shape, b.shape, settings.scale(module, a.shape[0]), lambda: (_matrix(shard, a), _matrix(shard, b))
+    )
+
+
+def _lazy(shard: Shard, entry: Entry) -> Carried:
+    return Carried(entry.dtype, entry.shape, lambda: _stored(shard, entry))
+
+
+def _stored(shard: Shard, entry: Entry) -> Array:
+    raw = np.empty((entry.stop - entry.start) // STORED[entry.dtype].itemsize, STORED[entry.dtype])
+    with open(shard.path, "rb") as file:
+        fill(file.fileno(), raw, entry.start)
+    return raw
+
+
+def _matrix(shard: Shard, entry: Entry) -> Array:
+    raw = _stored(shard, entry)
+    values = np.empty(raw.shape, np.float64 if entry.dtype == "F64" else np.float32)
+    widen(raw, entry.dtype, values)
+    return values.reshape(entry.shape[0], -1)
+
+
+def _finite(tensor: Carried) -> bool:
+    raw = tensor.read()
+    if tensor.dtype == "BF16":
+        return not bool(((raw & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(raw).all())
