@@ -17,7 +17,7 @@ from lorapack.merge.layout import FLOATS, Entry, Shard, header, read_shard
 from lorapack.merge.match import Change, match
 from lorapack.merge.stream import Files, change, copy, write
 from lorapack.merge.updates import read_updates
-from lorapack.write.directory import new_directory
+from lorapack.write.directory import new_directory, refuse_overlap
 
 Output = Literal["auto", "float32", "bfloat16", "float16"]
 TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -69,6 +69,7 @@ def merge_adapter(
         if not source:
             raise InputError("the adapter names no base model; name it with --base")
         place = find_base(source, updates.settings.revision if base is None else None)
+        refuse_overlap(out, place)
         work = directory / ".bin"
         work.mkdir()
         found = read_base(place, work)
