@@ -249,7 +249,7 @@ def test_lora_drops_ablations_keep_as_many_and_others(measured):
     for kind in ("q_proj", "v_proj", "up_proj"):
         ranked = sorted((m for m in norms if m.endswith(kind)), key=norms.get)
         assert ranked[0] in found["inverse"] and ranked[-1] in found["importance"]
-    assert kept(select="random", seed=1) == kept(select="random", seed="1")
+    assert kept(select="random", draw=1) == kept(select="random", draw="1")
     dropped = plan_adapter(adapter, statistics, "lora-drop", threshold=0.6, pruned="drop")
     assert not dropped.groups and {c.action for c in dropped.choices} == {"keep", "drop"}
 

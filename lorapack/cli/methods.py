@@ -20,7 +20,7 @@ def methods() -> None:
     }
     for name, method in METHODS.items():
         options = "\n".join(
-            " ".join((flag(o), "|".join(option.choices) or option.kind.__name__, f"[{option.default}]"))
+            " ".join((flag(o), "|".join(option.choices) or option.kind.__name__, f"({option.default})"))
             for o, option in method.options.items()
         )
         rows.add_row(name, method.summary, options, measures[method.needs({})])

@@ -34,7 +34,7 @@ def plan(
     select: Select = "importance",
     pruned: Pruned = "share",
     groups: int = 1,
-    seed: int = 0,
+    draw: int = 0,
 ) -> Plan:
     """Plan as the paper does: importance by output norm, per module type, kept from the top.
 
@@ -48,7 +48,7 @@ def plan(
         statistics: measured on it (only the forward moments are used).
         threshold: the paper's T, above 0 and at most 1; the module that crosses it is kept.
         select: which modules are kept: the most important, or, as many of each type, what the paper
-            compares with: the least important (``inverse``), any (``random``, drawn from `seed`), the
+            compares with: the least important (``inverse``), any (``random``, seeded with `draw`), the
             upper layers (``top``) or the lower ones (``bottom``).
         pruned: whether the others ``share`` or are given up (``drop``).
         groups: at most so many shared adapters a type and shape, for layers that are alike.
@@ -61,7 +61,7 @@ def plan(
     if groups < 1:
         raise InputError(f"--groups {groups} must be 1 or more")
     norms = output_norms(adapter, statistics)
-    options = {"average": statistics.average, "select": select, "pruned": pruned, "groups": groups, "seed": seed}
+    options = {"average": statistics.average, "select": select, "pruned": pruned, "groups": groups, "draw": draw}
     if budget is None:
         if not 0 < threshold <= 1:
             raise InputError(f"threshold {threshold} is outside (0, 1]")
@@ -156,7 +156,7 @@ def alike(adapter: Adapter, modules: Sequence[str], most: int) -> list[list[str]
     return [sorted(cluster, key=order) for cluster in clusters]
 
 
-def _kept(modules: Sequence[str], norms: Mapping[str, float], threshold: float, select: Select, seed: int) -> set[str]:
+def _kept(modules: Sequence[str], norms: Mapping[str, float], threshold: float, select: Select, draw: int) -> set[str]:
     """As many modules of a type as the threshold asks for, in the order of `select`."""
     kept = keep_until({m: norms[m] for m in modules}, threshold)
     if select == "importance":
@@ -164,7 +164,7 @@ def _kept(modules: Sequence[str], norms: Mapping[str, float], threshold: float, 
     lower_first = sorted(modules, key=order)
     ranked = {
         "inverse": sorted(lower_first, key=lambda m: norms[m]),
-        "random": random.Random(seed).sample(lower_first, len(lower_first)),
+        "random": random.Random(draw).sample(lower_first, len(lower_first)),
         "top": lower_first[::-1],
         "bottom": lower_first,
     }[select]
@@ -177,7 +177,7 @@ def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, settings
     for kind, modules in by_type(adapter.linear).items():
         total = math.fsum(norms[m] for m in modules)
         share = {m: norms[m] / total if total > 0 else 0.0 for m in modules}
-        kept = _kept(modules, norms, threshold, settings["select"], settings["seed"])
+        kept = _kept(modules, norms, threshold, settings["select"], settings["draw"])
         why, why_not = (
             ("within the threshold", "beyond the threshold")
             if settings["select"] == "importance"

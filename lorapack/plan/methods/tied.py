@@ -3,7 +3,7 @@
 Source: "Tied-LoRA: Enhancing parameter efficiency of LoRA with Weight Tying" (arXiv 2311.09578).
 """
 
-from typing import get_args
+from typing import Literal, get_args
 
 from lorapack.core import sharing as ways
 from lorapack.core.adapter import Adapter, digest
@@ -14,6 +14,8 @@ from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.plan.method import Method
 
+Way = Literal["scale", "diagonal", "core", "tied"]
+
 
 def plan(
     adapter: Adapter,
@@ -21,7 +23,7 @@ def plan(
     *,
     budget: int | None = None,
     rank: int | None = None,
-    sharing: Sharing = "tied",
+    sharing: Way = "tied",
 ) -> Plan:
     """One shared pair for every module type and shape; the same rank for all, as far as the budget goes.
 
@@ -38,7 +40,7 @@ def plan(
     Raises:
         InputError: neither a budget nor a rank, both, or a budget too small for rank one.
     """
-    if sharing not in get_args(Sharing) or sharing == "vera":
+    if sharing not in get_args(Way):
         raise InputError(f"--sharing {sharing!r} is none of scale, diagonal, core, tied")
     if (budget is None) == (rank is None):
         raise InputError("tied needs a --budget or a --rank, and not both")
