@@ -6,7 +6,7 @@ from typing import Any
 
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import Store, bytes_of_atom
-from lorapack.core.plan import Plan
+from lorapack.core.plan import Plan, parameters
 from lorapack.core.report import Quality
 from lorapack.core.statistics import Need, Statistics
 from lorapack.data.batches import Batch, batches
@@ -221,6 +221,13 @@ def best_plan(
     Raises:
         InputError: what the method refuses.
     """
+    return _tried(job, statistics, method, budget, options)[0]
+
+
+def _tried(
+    job: Job, statistics: Statistics | None, method: Method, budget: int | None, options: Mapping[str, Any]
+) -> tuple[Plan, Scores | None]:
+    """`best_plan`, and its scores on the selection rows where they had to be looked at."""
     variants: list[Mapping[str, Any]] = [options]
     for option, values in method.tried.items():
         if option not in options:
@@ -232,12 +239,12 @@ def best_plan(
         if (plan.choices, plan.metric) not in [(p.choices, p.metric) for p in plans[:n]]
     ]
     if len(plans) == 1 or not job.prepared.selection:
-        return plans[0]
-
+        return plans[0], None
     made = [store_adapter(packed(job, plan, statistics), job.store) for plan in plans]
     compared = {"original": job.adapter} | {str(n): adapter for n, adapter in enumerate(made)}
     found = scores(job, job.prepared.selection, compared, "try")
-    return plans[min(range(len(plans)), key=lambda n: float(found[str(n)].divergence.sum()))]
+    best = min(range(len(plans)), key=lambda n: float(found[str(n)].divergence.sum()))
+    return plans[best], found[str(best)]
 
 
 def smallest_plan(
@@ -264,18 +271,19 @@ def smallest_plan(
 
     def attempt(budget: int) -> Plan | None:
         try:
-            plan = best_plan(job, statistics, method, budget, options)
+            plan, seen = _tried(job, statistics, method, budget, options)
         except InputError:  # too small for any plan
             return None
-        smaller = packed(job, plan, statistics)
-        now = scores(job, job.prepared.selection, {"compressed": store_adapter(smaller, job.store)}, "search")
-        found = quality(known | now, job.loaded.reader.classes, job.seed).retained
+        if seen is None:
+            smaller = store_adapter(packed(job, plan, statistics), job.store)
+            seen = scores(job, job.prepared.selection, {"compressed": smaller}, "search")["compressed"]
+        found = quality(known | {"compressed": seen}, job.loaded.reader.classes, job.seed).retained
         if found is None or found.low is None:
             raise InputError(
                 "--retain: on the selection rows the original is not measurably better than the base; "
                 "give more data, or a --budget instead"
             )
-        tried.append((size(smaller).parameters, found.low))
+        tried.append((parameters(plan, job.adapter), found.low))
         return plan if found.low >= share else None
 
     best = attempt(whole)

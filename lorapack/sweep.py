@@ -106,7 +106,7 @@ def sweep_adapter(
         seed=seed,
         most_recovery=recover_steps * batch_size,
     )
-    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch)
+    job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch, store)
     statistics = measure(job, {METHODS[name].needs(options) for _, name, options in chosen})
     whole = size(adapter).parameters
     points = []

@@ -142,6 +142,15 @@ def test_the_metric_of_the_plan_decides_how_ranks_are_cut():
     assert errors["weight"] < errors["output"] and errors["weight"] < errors["loss"]
 
 
+def test_an_adapter_of_zeros_has_nothing_to_keep():
+    adapter, _ = example(0)
+    zeros = {n: Factors(f.A, torch.zeros_like(f.B)) for n, f in adapter.pool.items()}
+    with pytest.raises(InputError, match="every update of the adapter is zero"):
+        METHODS["rank"].run(
+            adapter.with_pool(zeros, adapter.modules), None, None, {"metric": "weight", "allocation": "per-module"}
+        )
+
+
 def test_what_a_method_lacks_is_said():
     adapter, statistics = example(0)
     with pytest.raises(InputError, match="needs a --budget"):

@@ -178,7 +178,7 @@ class Adapter:
     @property
     def linear(self) -> list[str]:
         """The modules that can be compressed, lower layers first."""
-        return [module for module in self.modules if self.factors(module).kind == "linear"]
+        return [module for module, pointer in self.modules.items() if self.pool[pointer.factors].kind == "linear"]
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -204,6 +204,12 @@ class Adapter:
     @property
     def task_type(self) -> str | None:
         return self.config.get("task_type") or None
+
+    def free_name(self, name: str) -> str:
+        """A name for a new group: the one given, or a longer one where the pool of a compact adapter has it."""
+        while name in self.pool:
+            name += ".again"
+        return name
 
     def with_pool(self, pool: Mapping[str, Factors], modules: Mapping[str, Pointer]) -> "Adapter":
         return replace(self, pool=pool, modules=modules)

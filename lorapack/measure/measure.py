@@ -50,6 +50,8 @@ def measure_rows(
         average=average,
         provenance={"adapter": digest(adapter), "base_model": loaded.base_model, "data": prepared.facts},
     )
+    if not {"gradients", "omega"} & set(needs):
+        return found
     small = list(training_batches(rows, ROWS, max(1, len(rows) // ROWS), loaded.pad, seed))
     if "gradients" in needs:
         gradients = measure_gradients(loaded, adapter, watch("measure gradients", small))

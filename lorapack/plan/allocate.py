@@ -4,7 +4,28 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from lorapack.core.adapter import Adapter
+from lorapack.errors import InputError
+
 Cutoff = Literal["energy", "frobenius", "cumulative", "ratio"]
+
+
+def atom_costs(adapter: Adapter) -> dict[str, int]:
+    """The parameters of one rank of every linear module, d_in + d_out, lower layers first."""
+    return {module: sum(adapter.factors(module).shape) for module in adapter.linear}
+
+
+def refuse_nothing(ranks: Mapping[str, int], costs: Mapping[str, int], budget: int | None) -> None:
+    """Refuse a plan that keeps nothing.
+
+    Raises:
+        InputError: no module has a rank; names the least that one takes.
+    """
+    if not any(ranks.values()):
+        if budget is None:
+            raise InputError("every update of the adapter is zero: there is nothing to keep")
+        least = min(costs.values())
+        raise InputError(f"a budget of {budget:,} parameters is too small: one rank of one module takes {least:,}")
 
 
 def by_value(values: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int) -> dict[str, int]:

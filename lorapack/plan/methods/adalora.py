@@ -7,7 +7,7 @@ from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Plan
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
-from lorapack.plan.allocate import by_value
+from lorapack.plan.allocate import atom_costs, by_value, refuse_nothing
 from lorapack.plan.method import Method
 
 
@@ -35,11 +35,9 @@ def plan(adapter: Adapter, statistics: Statistics, *, budget: int | None = None)
         if found is None:
             raise InputError("adalora needs gradients: `lorapack measure --method adalora`, or give --data")
         values[m] = sorted(found.tolist(), reverse=True)
-    costs = {m: sum(adapter.factors(m).shape) for m in adapter.linear}
+    costs = atom_costs(adapter)
     ranks = by_value(values, costs, budget)
-    if not any(ranks.values()):
-        least = min(costs.values())
-        raise InputError(f"a budget of {budget:,} parameters is too small: one rank of one module takes {least:,}")
+    refuse_nothing(ranks, costs, budget)
     choices = tuple(
         Choice(m, "keep", ranks[m], None, sum(values[m]), f"{ranks[m]} of {len(values[m])} triplets")
         if ranks[m]

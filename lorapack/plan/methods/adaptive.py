@@ -16,7 +16,7 @@ from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.share import Member, input_basis, share
 from lorapack.pack.truncate import atoms, truncate
-from lorapack.plan.allocate import by_value
+from lorapack.plan.allocate import atom_costs, by_value, refuse_nothing
 from lorapack.plan.method import Method
 
 Curvature = Literal["fisher", "loss"]
@@ -59,16 +59,14 @@ def plan(
         if moments.row_backward is None:
             raise InputError("adaptive needs backward moments: `lorapack measure --method adaptive`, or give --data")
         values[m] = atoms(adapter.factors(m), metric, moments)[2].tolist()
-    costs = {m: sum(adapter.factors(m).shape) for m in adapter.linear}
+    costs = atom_costs(adapter)
     if peak is not None:
         if not peak >= 1:
             raise InputError(f"--peak {peak} is below 1")
         even = max(1.0, budget / sum(costs.values()))
         values = {m: found[: math.ceil(min(peak * even, len(found)))] for m, found in values.items()}
     ranks = by_value(values, costs, budget)
-    if not any(ranks.values()):
-        least = min(costs.values())
-        raise InputError(f"a budget of {budget:,} parameters is too small: one rank of one module takes {least:,}")
+    refuse_nothing(ranks, costs, budget)
     groups: dict[str, list[str]] = {}
     for group, members in _candidates(adapter, ranks).items():
         saved = _represented(adapter, members, values)

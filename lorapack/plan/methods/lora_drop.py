@@ -204,9 +204,7 @@ def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, settings
                 m = rest[0]
                 choices[m] = Choice(m, "keep", adapter.factors(m).rank, None, share[m], "nobody to share with")
                 continue
-            group = "shared." + kind + (f".{number}" if len(clusters) > 1 else "")
-            while group in adapter.pool:  # of an adapter that is compact already
-                group += ".again"
+            group = adapter.free_name("shared." + kind + (f".{number}" if len(clusters) > 1 else ""))
             groups[group] = min(max(adapter.factors(m).rank for m in rest), *shape)
             for m in rest:
                 choices[m] = Choice(m, "share", None, group, share[m], why_not)

@@ -13,7 +13,7 @@ from lorapack.core.plan import Choice, Metric, Plan
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms
-from lorapack.plan.allocate import Cutoff, by_cutoff, by_value, uniformly
+from lorapack.plan.allocate import Cutoff, atom_costs, by_cutoff, by_value, refuse_nothing, uniformly
 from lorapack.plan.method import Method
 
 Allocation = Literal["global", "uniform", "per-module"]
@@ -51,7 +51,7 @@ def plan(
     if not 0 < share <= 1:
         raise InputError(f"--share {share} is outside (0, 1]")
     values = {module: _values(adapter, statistics, module, metric) for module in adapter.linear}
-    costs = {module: sum(adapter.factors(module).shape) for module in adapter.linear}
+    costs = atom_costs(adapter)
     most = {module: adapter.factors(module).rank for module in adapter.linear}
     if allocation == "per-module":
         ranks = by_cutoff(values, cutoff, share)
@@ -59,9 +59,7 @@ def plan(
         ranks = uniformly(most, costs, budget or 0)
     else:
         ranks = by_value(values, costs, budget or 0)
-    if not any(ranks.values()):
-        least = min(costs.values())
-        raise InputError(f"a budget of {budget:,} parameters is too small: one rank of one module takes {least:,}")
+    refuse_nothing(ranks, costs, budget)
     choices = tuple(
         Choice(m, "keep", ranks[m], None, sum(values[m]), f"rank {ranks[m]} of {most[m]}")
         if ranks[m]

@@ -77,10 +77,7 @@ def by_type_and_shape(adapter: Adapter) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for (kind, (d_out, d_in)), members in found.items():
         alone = sum(other == kind for other, _ in found) == 1
-        name = "tied." + short[kind] + ("" if alone else f".{d_out}x{d_in}")
-        while name in adapter.pool:  # of an adapter that is compact already
-            name += ".again"
-        names[name] = members
+        names[adapter.free_name("tied." + short[kind] + ("" if alone else f".{d_out}x{d_in}"))] = members
     return names
 
 

@@ -37,17 +37,15 @@ def plan(
             raise InputError(f"a budget of {budget:,} parameters is too small for vera: rank one takes {least:,}")
         options = {"budget": budget, "rank": rank}
     else:
-        options = {"rank": int(rank)}
-    if int(rank) < 1:
+        options = {"rank": rank}
+    if rank < 1:
         raise InputError(f"--rank {rank} must be 1 or more")
     groups = {}
     choices = []
     for m in adapter.linear:
         d_out, d_in = adapter.factors(m).shape
-        group = f"vera.{d_out}x{d_in}"
-        while group in adapter.pool:  # of an adapter that is compact already
-            group += ".again"
-        groups[group] = int(rank)
+        group = adapter.free_name(f"vera.{d_out}x{d_in}")
+        groups[group] = rank
         choices.append(Choice(m, "share", None, group, None, "two vectors on seeded factors"))
     return Plan("vera", options, tuple(choices), groups, adapter=digest(adapter), sharing=dict.fromkeys(groups, "vera"))
 

@@ -7,7 +7,7 @@ from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Plan
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
-from lorapack.plan.allocate import uniformly
+from lorapack.plan.allocate import atom_costs, uniformly
 from lorapack.plan.method import Method
 
 
@@ -63,7 +63,8 @@ def plan(
     ranks = {m: adapter.factors(m).rank for m in kept}
     if expand_rank and budget is not None:
         room = {m: min(adapter.factors(m).shape) for m in kept}
-        ranks = {m: max(ranks[m], r) for m, r in uniformly(room, _atom(adapter, room), budget).items()}
+        costs = atom_costs(adapter)
+        ranks = {m: max(ranks[m], r) for m, r in uniformly(room, {m: costs[m] for m in room}, budget).items()}
     choices = tuple(
         Choice(
             m,
@@ -80,10 +81,6 @@ def plan(
     )
     options = {"keep": len(kept), "expand_rank": expand_rank, "budget": budget}
     return Plan("weightlora", options, choices, adapter=digest(adapter))
-
-
-def _atom(adapter: Adapter, modules: dict[str, int]) -> dict[str, int]:
-    return {m: sum(adapter.factors(m).shape) for m in modules}
 
 
 METHOD = Method(plan, lambda options: "omega", "learn a weight per module on the calibration data, keep the largest")
