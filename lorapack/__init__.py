@@ -27,6 +27,7 @@ _PUBLIC = {
     "Report": "lorapack.core.report",
     "Statistics": "lorapack.core.statistics",
     "compress_adapter": "lorapack.compress",
+    "convert_adapter": "lorapack.conversion",
     "describe_adapter": "lorapack.describe",
     "evaluate_adapters": "lorapack.evaluate",
     "measure_adapter": "lorapack.measure",

@@ -9,6 +9,7 @@ import click
 
 from lorapack import __version__
 from lorapack.cli.compress import compress
+from lorapack.cli.convert import convert
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
@@ -31,7 +32,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, convert):
     cli.add_command(command)
 
 
