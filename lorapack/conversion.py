@@ -16,6 +16,7 @@ from lorapack.convert.gguf import Output, to_gguf, write_gguf
 from lorapack.convert.kohya import from_kohya, to_kohya
 from lorapack.convert.loralib import from_loralib
 from lorapack.convert.mlx import TENSORS, from_mlx, is_mlx
+from lorapack.convert.pairs import alpha_of
 from lorapack.core.adapter import Adapter
 from lorapack.errors import InputError, OutputError
 from lorapack.hub import find_config, read_adapter
@@ -39,11 +40,13 @@ class Converted:
         source: the format that was recognised.
         target: the one that was written.
         modules: how many, by component; an adapter that stands alone has the component `ALONE`.
+        notes: what a reader of the result is known to get wrong, a line each.
     """
 
     source: str
     target: Target
     modules: Mapping[str, int]
+    notes: Sequence[str] = ()
 
 
 def convert_adapter(
@@ -93,7 +96,8 @@ def convert_adapter(
         tensors, metadata = (to_kohya if target == "kohya" else to_diffusers)(named)
         with new_file(out, overwrite=overwrite, inputs=(source,)) as path:
             _save(tensors, metadata, path)
-    return Converted(kind, target, {name: len(adapter.modules) for name, adapter in parts.items()})
+    counts = {name: len(adapter.modules) for name, adapter in parts.items()}
+    return Converted(kind, target, counts, _notes(parts) if target == "kohya" else ())
 
 
 def read_any(
@@ -196,6 +200,15 @@ def _write_gguf(
     made = to_gguf(adapter, read_json(config), str(config), dtype)
     with new_file(out, overwrite=overwrite, inputs=(source, config.parent)) as path:
         write_gguf(made, path)
+
+
+def _notes(parts: Parts) -> list[str]:
+    return [
+        f"the modules{f' of the {name}' if name else ''} have different alphas; diffusers (0.42) gives attention "
+        "layers of a kohya file the commonest one: give it a file made with --to diffusers"
+        for name, adapter in parts.items()
+        if len({alpha_of(adapter, module) for module in adapter.modules}) > 1
+    ]
 
 
 def _save(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:

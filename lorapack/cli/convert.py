@@ -54,3 +54,5 @@ def convert(source: str, out: str, **settings: Any) -> None:
     done = convert_adapter(source, out, **settings)
     counts = ", ".join(f"{count:,} modules{f' of the {name}' if name else ''}" for name, count in done.modules.items())
     click.echo(f"Wrote {out}: {done.source} to {done.target}, {counts}")
+    for note in done.notes:
+        click.echo(f"Note: {note}")

@@ -92,8 +92,8 @@ def to_gguf(adapter: Adapter, config: Mapping[str, Any], where: str, dtype: Outp
             f"{where}: a LoRA for model_type {settings.model_type!r} cannot be converted to GGUF; merge it into the "
             f"base and convert that with llama.cpp (known: {', '.join(ARCHITECTURES)})"
         )
-    refuse_carried(adapter, "a GGUF LoRA")
     places = _places(adapter, settings, where)
+    refuse_carried(adapter, "a GGUF LoRA")
     alphas = {module: alpha_of(adapter, module) for module in places}
     alpha = _alpha(alphas)
     arrays = {}

@@ -1,4 +1,4 @@
-"""A Llama from the disk as GGUF in float32; of its tokenizer only the words: token ids in, token ids out."""
+"""A Llama from the disk as GGUF in float32; with invented words: token ids in, token ids out."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ def write_base(directory: Path, path: Path) -> Path:
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    tokens = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    words = [f"<0x{n:02X}>" if n < 256 else f"word{n}" for n in range(config["vocab_size"])]
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(sorted(tokens, key=tokens.__getitem__))
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+    writer.add_token_list(words)
+    writer.add_token_scores([0.0] * len(words))
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     for name, tensor in load_file(directory / "model.safetensors").items():
         count = heads if "q_proj" in name else kv_heads if "k_proj" in name else 0
