@@ -123,10 +123,12 @@ def _settings(metadata: Mapping[str, str], where: str) -> dict[str, LoraSettings
         return {}
     try:
         entries = json.loads(metadata[METADATA])
-        names = [name.partition(".") for name in entries]
-    except (ValueError, TypeError, RecursionError):
-        raise InputError(f"{where}: its metadata {METADATA} is not a JSON object") from None
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise InputError(f"{where}: its metadata {METADATA} is not a JSON object")
     configs: dict[str, dict[str, Any]] = {}
-    for (component, _, name), value in zip(names, entries.values(), strict=True):
-        configs.setdefault(component, {"peft_type": "LORA"})[name] = value
+    for name, value in entries.items():
+        component, _, setting = name.partition(".")
+        configs.setdefault(component, {"peft_type": "LORA"})[setting] = value
     return {component: check_config(config, f"{where}: {METADATA}") for component, config in configs.items()}
