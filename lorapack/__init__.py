@@ -30,6 +30,7 @@ _PUBLIC = {
     "convert_adapter": "lorapack.conversion",
     "describe_adapter": "lorapack.describe",
     "evaluate_adapters": "lorapack.evaluate",
+    "extract_adapter": "lorapack.extract.extract",
     "measure_adapter": "lorapack.measure",
     "merge_adapter": "lorapack.merge.merge",
     "pack_adapter": "lorapack.pack",

@@ -13,6 +13,7 @@ from lorapack.cli.convert import convert
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
+from lorapack.cli.extract import extract
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -32,7 +33,21 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, convert):
+for command in (
+    compress,
+    inspect,
+    measure,
+    plan,
+    methods,
+    recover,
+    sweep,
+    evaluate,
+    diff,
+    expand,
+    merge,
+    convert,
+    extract,
+):
     cli.add_command(command)
 
 
