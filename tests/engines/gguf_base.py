@@ -1,4 +1,4 @@
-"""A Llama from the disk as GGUF in float32; with invented words: token ids in, token ids out."""
+"""A Llama or GPT-2 from the disk as GGUF in float32; with invented words: token ids in, token ids out."""
 
 import json
 from pathlib import Path
@@ -11,33 +11,50 @@ from safetensors.torch import load_file
 def write_base(directory: Path, path: Path) -> Path:
     """Write `path` as llama.cpp's own converter would, but for the tokenizer."""
     config = json.loads((directory / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_rope_dimension_count(config["hidden_size"] // heads)
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    kind = config["model_type"]
+    writer = gguf.GGUFWriter(path, kind)
+    {"llama": _llama, "gpt2": _gpt2}[kind](writer, config)
     words = [f"<0x{n:02X}>" if n < 256 else f"word{n}" for n in range(config["vocab_size"])]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(words)
     writer.add_token_scores([0.0] * len(words))
     writer.add_token_types([gguf.TokenType.NORMAL] * len(words))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    layers = config.get("num_hidden_layers") or config["n_layer"]
+    names = gguf.get_tensor_name_map({"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}[kind], layers)
     for name, tensor in load_file(directory / "model.safetensors").items():
-        count = heads if "q_proj" in name else kv_heads if "k_proj" in name else 0
-        values = interleaved(tensor.float(), count) if count else tensor.float()
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), values.numpy())
+        values = tensor.float()
+        if "q_proj" in name or "k_proj" in name:
+            values = interleaved(values, config["num_attention_heads" if "q_proj" in name else "num_key_value_heads"])
+        elif name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            values = values.T.contiguous()
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _llama(writer: gguf.GGUFWriter, config: dict) -> None:
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def _gpt2(writer: gguf.GGUFWriter, config: dict) -> None:
+    writer.add_block_count(config["n_layer"])
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
