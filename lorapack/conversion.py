@@ -87,6 +87,12 @@ def convert_adapter(
     if kind == target:
         hint = "; `lorapack expand` makes plain PEFT of a compact one" if kind == "peft" else ""
         raise InputError(f"{source} is in the format {kind} already, name another one with --to{hint}")
+    if kind != "loralib" and (alpha is not None or enable_lora is not None):
+        raise InputError(
+            f"{source} is in the format {kind}, which has its alphas; --alpha, --enable-lora are for loralib"
+        )
+    if target != "gguf" and dtype != "float32":
+        raise InputError(f"--dtype is for GGUF; {target} keeps the numbers as they are")
     if target == "peft":
         _write_peft(parts, out, base, overwrite, source)
     elif target == "gguf":
@@ -140,7 +146,7 @@ def _read_file(
         tensors = read_bin(path)
     kind, where = foreign_format(tensors), str(path)
     if kind == "kohya":
-        names = base_names(Path(base)) if base else {}
+        names = base_names(Path(base)) if base and Path(base).is_dir() else {}
         return kind, from_kohya(tensors, metadata, names, where)
     if kind == "diffusers":
         return kind, from_diffusers(tensors, metadata, where)

@@ -618,3 +618,9 @@ def test_a_language_model_has_no_place_in_kohyas_format_and_an_output_is_not_rep
     told = refused(run("convert", ADAPTER, "-o", tmp_path / "a.gguf", "--base", BASE))
     assert "exists" in told and (tmp_path / "a.gguf").read_text() == "mine"
     assert "--to" in refused(run("convert", ADAPTER, "-o", tmp_path / "peft"))
+    for options, needle in (
+        (("--to", "kohya", "--alpha", 4), "loralib"),
+        (("--to", "kohya", "--dtype", "float16"), "--dtype"),
+        (("--enable-lora", "yes"), "true,false,true"),
+    ):
+        assert needle in refused(run("convert", ADAPTER, "-o", tmp_path / "out", *options))

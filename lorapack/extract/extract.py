@@ -310,6 +310,8 @@ def _equal(tuned: Base, name: str, original: Base, other: str) -> bool:
     (_, one), (_, two) = _entry(tuned, name), _entry(original, other)
     if one.shape != two.shape:
         return False
-    if one.dtype not in FLOATS and one.dtype == two.dtype:  # counters and masks, which no training changes
-        return True
+    if one.dtype == two.dtype and (
+        one.dtype not in FLOATS or np.array_equal(_numbers(tuned, name), _numbers(original, other))
+    ):
+        return True  # also counters and masks, which no training changes
     return torch.equal(_matrix(tuned, name), _matrix(original, other))
