@@ -1,0 +1,57 @@
+"""`lorapack.expand_adapter`: an adapter as the plain PEFT directory that a serving engine reads."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorapack.core.adapter import Adapter
+from lorapack.errors import InputError
+from lorapack.hub import find_base_config
+from lorapack.read.files import read_json
+from lorapack.write import new_directory
+from lorapack.write.engines import rules
+from lorapack.write.expanded import arranged, put_expanded
+
+
+def expand_adapter(
+    adapter: Adapter,
+    out: str | Path,
+    engine: str = "peft",
+    *,
+    base: str | Path | None = None,
+    overwrite: bool = False,
+    inputs: tuple[str | Path, ...] = (),
+) -> Adapter:
+    """Write an adapter as plain PEFT LoRA, as an engine computes it (docs/engines.md).
+
+    Args:
+        adapter: any, shared factors, cores, codes and seeds included.
+        out: the directory to make.
+        engine: ``peft``, ``vllm``, ``sglang``, ``tgi`` or ``llama.cpp``.
+        base: the base model's directory or Hub id, if not as the adapter says; only its `config.json` is read,
+            and only where the engine wants layers that the adapter lacks.
+        overwrite: replace an existing directory.
+        inputs: directories that must not be written to.
+
+    Returns:
+        The adapter as it was written.
+
+    Raises:
+        InputError: an unknown engine, or what it cannot compute; nothing was written.
+        OutputError: it exists, cannot be written, or reads back differently.
+    """
+    title = rules(engine).title
+    written = arranged(adapter, engine, lambda: _base_config(base or adapter.base_model, title))
+    with new_directory(out, overwrite=overwrite, inputs=inputs) as directory:
+        put_expanded(adapter, written, engine, directory)
+    return written
+
+
+def _base_config(base: str | Path | None, engine: str) -> Mapping[str, Any]:
+    wants = f"{engine} wants layers that the adapter lacks, as the base model's config.json describes them"
+    if base is None:
+        raise InputError(f"{wants}: name it with --base")
+    try:
+        return read_json(find_base_config(base))
+    except InputError as error:
+        raise InputError(f"{wants}; {error}. Name it with --base") from None

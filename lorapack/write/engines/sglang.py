@@ -1,0 +1,103 @@
+"""SGLang.
+
+One scale for all modules, ``lora_alpha / r``; patterns and rsLoRA are not looked at. Every tensor must have exactly
+the rank ``r``, or an assertion fails while it is loaded. q, k and v of a layer are put together: where one of them
+is there, q and v have to be, and k if any layer has it. Likewise gate beside up. A layer with none of them is zero.
+Modules outside numbered layers are left out without a word, but for the two embeddings. ``target_modules`` must
+be a list.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lorapack.core.adapter import Adapter
+from lorapack.core.names import module_type
+from lorapack.errors import InputError
+from lorapack.write.engines.arrange import (
+    padded,
+    refuse_carried,
+    refuse_kinds,
+    refuse_names,
+    rescaled,
+    usual,
+    with_zeros,
+)
+from lorapack.write.engines.engine import BaseConfig, Engine, Scales
+
+LAYER = r"(?:.*\.)?layers\.\d+\.(?:(?!experts\.).)*?(?:[qkvo]|qkv|gate|up|down|gate_up)_proj"
+KNOWN = rf"{LAYER}|(?:.*\.)?embed_tokens|(?:.*\.)?lm_head"
+PART = re.compile(r"(.*\.)([qkv]_proj|gate_proj|up_proj)")
+
+
+def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+    refuse_kinds(adapter, "SGLang", "conv")
+    refuse_names(adapter, "SGLang", KNOWN)
+    refuse_carried(adapter, "SGLang", copies=True)
+    whole = with_zeros(adapter, _missing(adapter, base))
+    same = usual(adapter.scale(m) for m in adapter.modules)
+    rank = max(factors.rank for factors in whole.pool.values())
+    return padded(rescaled(whole, dict.fromkeys(whole.modules, same)), rank)
+
+
+def scales(config: Mapping[str, Any]) -> Scales:
+    return lambda module, rank: float(config["lora_alpha"]) / int(config["r"])
+
+
+def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
+    """What SGLang wants beside what is there, with shapes (d_out, d_in)."""
+    parts: dict[str, set[str]] = {}
+    for module in adapter.modules:
+        if found := PART.fullmatch(module):
+            parts.setdefault(found[1], set()).add(found[2])
+    keys = any("k_proj" in there for there in parts.values())
+    missing = {}
+    for stem, there in parts.items():
+        attention = there & {"q_proj", "k_proj", "v_proj"}
+        wanted = {"q_proj", "v_proj", *(["k_proj"] if keys else [])} if attention else set()
+        wanted |= {"gate_proj"} if "up_proj" in there else set()
+        for part in sorted(wanted - there):
+            missing[stem + part] = _shape(stem, part, adapter, base)
+    return missing
+
+
+def _shape(stem: str, part: str, adapter: Adapter, base: BaseConfig) -> tuple[int, int]:
+    """As the same layer has it elsewhere, or its twin beside it, or as the base model's configuration says."""
+    twin = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj"}.get(part, part)
+    alike = [m for m in adapter.modules if module_type(m) == module_type(stem + part)]
+    for module in (stem + twin, *alike):
+        if module in adapter.pool:
+            return adapter.pool[module].shape
+    config = base()
+    config = config.get("text_config") or config
+    try:
+        heads = int(config["num_attention_heads"])
+        width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+        if part != "q_proj":
+            heads = int(config.get("num_key_value_heads") or heads)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"SGLang wants {stem}{part}, whose shape the base's config.json does not say ({error})"
+        ) from None
+    beside = next(adapter.pool[m] for m in adapter.modules if m.startswith(stem) and PART.fullmatch(m))
+    return heads * width, beside.shape[1]
+
+
+def serve(adapter: Adapter, out: str) -> str:
+    return f"python -m sglang.launch_server --model-path BASE --enable-lora --lora-paths NAME={out}"
+
+
+ENGINE = Engine(
+    title="SGLang",
+    version="0.5.23",
+    sources=(
+        "sglang/srt/lora/lora_config.py",
+        "sglang/srt/lora/lora.py",
+        "sglang/srt/lora/mem_pool.py",
+        "sglang/srt/lora/lora_manager.py",
+        "sglang/srt/lora/utils.py",
+    ),
+    arrange=arrange,
+    scales=scales,
+    serve=serve,
+)
