@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from lorapack.core.adapter import Adapter
+from lorapack.engines import rules
 from lorapack.errors import InputError
 from lorapack.hub import find_base_config
 from lorapack.read.files import read_json
 from lorapack.write import new_directory
-from lorapack.write.engines import rules
 from lorapack.write.expanded import arranged, put_expanded
 
 

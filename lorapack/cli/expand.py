@@ -3,8 +3,8 @@
 import click
 
 from lorapack.cli import options
+from lorapack.engines import NAMES
 from lorapack.errors import InputError
-from lorapack.write.engines import NAMES
 
 
 @click.command()
@@ -41,8 +41,8 @@ def expand(
             put_vera(read_adapter(source), directory)
         click.echo(f"Wrote {out}")
         return
+    from lorapack.engines import rules
     from lorapack.expand import expand_adapter
-    from lorapack.write.engines import rules
 
     written = expand_adapter(read_adapter(source), out, engine, base=base, overwrite=overwrite, inputs=(adapter,))
     found = rules(engine)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter
+from lorapack.engines import rules
+from lorapack.engines.arrange import private
+from lorapack.engines.engine import BaseConfig, Scales
 from lorapack.errors import OutputError
 from lorapack.read.adapter import read_adapter
 from lorapack.read.files import CONFIG, read_json
 from lorapack.write.adapter import DIFFERS, put_files
-from lorapack.write.engines import rules
-from lorapack.write.engines.arrange import private
-from lorapack.write.engines.engine import BaseConfig, Scales
 from lorapack.write.form import peft_form
 
 # All that an engine has to know. Older PEFT, which some engines use to read it, stops at a field it does not know.
@@ -30,7 +30,7 @@ def arranged(adapter: Adapter, engine: str, base: BaseConfig) -> Adapter:
 
     Args:
         adapter: any.
-        engine: a name of `lorapack.write.engines.NAMES`.
+        engine: a name of `lorapack.engines.NAMES`.
         base: gives the base model's configuration, where the adapter does not say enough.
 
     Raises:

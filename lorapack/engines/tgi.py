@@ -11,8 +11,7 @@ import re
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import module_type
-from lorapack.errors import InputError
-from lorapack.write.engines.arrange import (
+from lorapack.engines.arrange import (
     padded,
     refuse_carried,
     refuse_kinds,
@@ -21,8 +20,9 @@ from lorapack.write.engines.arrange import (
     usual,
     with_zeros,
 )
-from lorapack.write.engines.engine import BaseConfig, Engine
-from lorapack.write.engines.sglang import scales
+from lorapack.engines.engine import BaseConfig, Engine
+from lorapack.engines.sglang import scales
+from lorapack.errors import InputError
 
 KNOWN = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
 BLOCK, LEAST = 16, 64  # a rank is padded to a multiple of the first; the second serves 8 GPUs

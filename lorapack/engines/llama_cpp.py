@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapack.core.adapter import Adapter
-from lorapack.errors import InputError
-from lorapack.write.engines.arrange import (
+from lorapack.engines.arrange import (
     WAY_OUT,
     refuse_carried,
     refuse_kinds,
@@ -20,7 +19,8 @@ from lorapack.write.engines.arrange import (
     rescaled,
     usual,
 )
-from lorapack.write.engines.engine import BaseConfig, Engine, Scales
+from lorapack.engines.engine import BaseConfig, Engine, Scales
+from lorapack.errors import InputError
 
 
 def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from lorapack.errors import InputError
 
 if TYPE_CHECKING:
-    from lorapack.write.engines.engine import Engine
+    from lorapack.engines.engine import Engine
 
 NAMES = ("peft", "vllm", "sglang", "tgi", "llama.cpp")
 

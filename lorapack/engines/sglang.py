@@ -13,8 +13,7 @@ from typing import Any
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import module_type
-from lorapack.errors import InputError
-from lorapack.write.engines.arrange import (
+from lorapack.engines.arrange import (
     padded,
     refuse_carried,
     refuse_kinds,
@@ -23,7 +22,8 @@ from lorapack.write.engines.arrange import (
     usual,
     with_zeros,
 )
-from lorapack.write.engines.engine import BaseConfig, Engine, Scales
+from lorapack.engines.engine import BaseConfig, Engine, Scales
+from lorapack.errors import InputError
 
 LAYER = r"(?:.*\.)?layers\.\d+\.(?:(?!experts\.).)*?(?:[qkvo]|qkv|gate|up|down|gate_up)_proj"
 KNOWN = rf"{LAYER}|(?:.*\.)?embed_tokens|(?:.*\.)?lm_head"

@@ -8,10 +8,10 @@ knows one classification head; DoRA, biases and activated LoRA it refuses.
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import PREFIX
+from lorapack.engines.arrange import WAY_OUT, refuse_carried, refuse_kinds, refuse_ragged_experts
+from lorapack.engines.engine import BaseConfig, Engine
+from lorapack.engines.peft import scales
 from lorapack.errors import InputError
-from lorapack.write.engines.arrange import WAY_OUT, refuse_carried, refuse_kinds, refuse_ragged_experts
-from lorapack.write.engines.engine import BaseConfig, Engine
-from lorapack.write.engines.peft import scales
 
 MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 HEAD = r"(?:.*\.)?(?:score|classifier)\.(?:weight|bias)"

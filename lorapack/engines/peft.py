@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapack.core.adapter import Adapter
+from lorapack.engines.engine import BaseConfig, Engine, Scales
 from lorapack.read.config import check_config
 from lorapack.read.files import CONFIG
-from lorapack.write.engines.engine import BaseConfig, Engine, Scales
 
 
 def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
