@@ -19,8 +19,9 @@ def expand_adapter(
     engine: str = "peft",
     *,
     base: str | Path | None = None,
+    source: str | Path | None = None,
+    verify: bool = False,
     overwrite: bool = False,
-    inputs: tuple[str | Path, ...] = (),
 ) -> Adapter:
     """Write an adapter as plain PEFT LoRA, as an engine computes it (docs/engines.md).
 
@@ -30,8 +31,10 @@ def expand_adapter(
         engine: ``peft``, ``vllm``, ``sglang``, ``tgi`` or ``llama.cpp``.
         base: the base model's directory or Hub id, if not as the adapter says; only its `config.json` is read,
             and only where the engine wants layers that the adapter lacks.
+        source: the directory that the adapter was read from, which must not be written to.
+        verify: load `source` and the result on the base and compare their outputs (`lorapack.verify`) before the
+            result gets its name.
         overwrite: replace an existing directory.
-        inputs: directories that must not be written to.
 
     Returns:
         The adapter as it was written.
@@ -39,11 +42,19 @@ def expand_adapter(
     Raises:
         InputError: an unknown engine, or what it cannot compute; nothing was written.
         OutputError: it exists, cannot be written, or reads back differently.
+        GateError: `verify` found other outputs.
     """
     title = rules(engine).title
     written = arranged(adapter, engine, lambda: _base_config(base or adapter.base_model, title))
-    with new_directory(out, overwrite=overwrite, inputs=inputs) as directory:
+    with new_directory(out, overwrite=overwrite, inputs=() if source is None else (source,)) as directory:
         put_expanded(adapter, written, engine, directory)
+        if verify:
+            from lorapack.verify import demand_same
+            from lorapack.verify import verify as compare
+
+            if source is None:
+                raise InputError("to verify, name the directory that the adapter was read from: source")
+            demand_same(compare(source, directory, base))
     return written
 
 

@@ -277,7 +277,7 @@ def test_the_command_writes_for_an_engine_and_says_how_it_is_loaded(tmp_path):
     line = refused(run("expand", ADAPTER, "-o", tmp_path / "no", "--for", "tgi", "--base", "owner/nothing"))
     assert "name it with --base" in line.lower() and "owner/nothing" in line
     assert refused(run("expand", ADAPTER, "-o", tmp_path / "no", "--for", "tgi", "--as-vera"))
-    done = run("expand", ADAPTER, "-o", tmp_path / "tgi", "--for", "tgi", "--base", BASE)
+    done = run("expand", ADAPTER, "-o", tmp_path / "tgi", "--for", "tgi", "--base", BASE, "--verify")
     assert done.returncode == 0, done.stderr
     edit(tmp_path / "out" / "adapter_config.json", use_dora=True)
     line = refused(run("expand", tmp_path / "out", "-o", tmp_path / "no", "--for", "vllm"))

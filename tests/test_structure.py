@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
 CORE = {"errors", "core", "read", "plan", "pack", "engines", "write"}
 DATA = {"data"}
-MODEL = {"watch", "model", "measure", "recover", "evaluate"} | DATA
+MODEL = {"watch", "model", "measure", "recover", "evaluate", "verify"} | DATA
 CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

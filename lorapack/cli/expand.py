@@ -1,5 +1,7 @@
 """`lorapack expand`."""
 
+from typing import Any
+
 import click
 
 from lorapack.cli import options
@@ -20,10 +22,9 @@ from lorapack.errors import InputError
 )
 @click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
 @click.option("--as-vera", is_flag=True, help="As PEFT's VeRA instead: what the method vera made.")
+@options.VERIFY
 @options.REVISION
-def expand(
-    adapter: str, out: str, overwrite: bool, engine: str, base: str | None, as_vera: bool, revision: str | None
-) -> None:
+def expand(adapter: str, out: str, engine: str, as_vera: bool, revision: str | None, **settings: Any) -> None:
     """Write ADAPTER as plain PEFT LoRA, as an engine computes it.
 
     Shared factors are repeated for every module. What the engine cannot compute is said before anything is written.
@@ -32,18 +33,18 @@ def expand(
 
     source = find_adapter(adapter, revision)
     if as_vera:
-        if engine != "peft":
-            raise InputError(f"--as-vera is for PEFT, not for {engine}")
+        if engine != "peft" or settings["verify"]:
+            raise InputError("--as-vera goes without --for and --verify")
         from lorapack.write import new_directory
         from lorapack.write.vera import put_vera
 
-        with new_directory(out, overwrite=overwrite, inputs=(adapter,)) as directory:
+        with new_directory(out, overwrite=settings["overwrite"], inputs=(adapter,)) as directory:
             put_vera(read_adapter(source), directory)
         click.echo(f"Wrote {out}")
         return
     from lorapack.engines import rules
     from lorapack.expand import expand_adapter
 
-    written = expand_adapter(read_adapter(source), out, engine, base=base, overwrite=overwrite, inputs=(adapter,))
+    written = expand_adapter(read_adapter(source), out, engine, source=source, **settings)
     found = rules(engine)
     click.echo(f"Wrote {out} for {found.title} {found.version}\nLoad it with: {found.serve(written, out)}")
