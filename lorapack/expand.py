@@ -59,7 +59,7 @@ def expand_adapter(
 
 
 def _base_config(base: str | Path | None, engine: str) -> Mapping[str, Any]:
-    wants = f"{engine} wants layers that the adapter lacks, as the base model's config.json describes them"
+    wants = f"{engine} wants layers that the adapter may lack, and the base model's config.json describes them"
     if base is None:
         raise InputError(f"{wants}: name it with --base")
     try:

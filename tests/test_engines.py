@@ -140,6 +140,17 @@ def test_where_an_engine_needs_nothing_the_tensors_keep_their_bytes(tmp_path):
         assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
 
 
+@pytest.mark.parametrize("engine", NAMES)
+@pytest.mark.parametrize("scale", [1 / 3, 0.1, 7 / 5])
+def test_one_scale_for_all_never_moves_into_b(engine, scale, base, tmp_path):
+    source = adapter(ALL, ranks=(7, 3) if engine != "llama.cpp" else (7,), scales=(scale,), dtype=torch.bfloat16)
+    expand_adapter(source, tmp_path / "out", engine, base=base)
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for module, factors in source.pool.items():
+        b = written[f"{PREFIX}{module}.lora_B.weight"]
+        assert b.dtype == torch.bfloat16 and torch.equal(b[:, : factors.rank], factors.B)
+
+
 @given(st.floats(-1e4, 1e4, width=32), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_a_scale_moved_into_b_is_exact_or_rounded_once_to_float32(number, dtype):
     b = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)

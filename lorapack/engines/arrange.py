@@ -11,7 +11,7 @@ from lorapack.core.adapter import Adapter, Factors, Pointer
 from lorapack.core.names import PREFIX
 from lorapack.errors import InputError
 
-WAY_OUT = "`lorapack merge` makes a whole model of it, which every engine takes"
+WAY_OUT = "serve the model that `lorapack merge` makes of it"
 
 
 def private(adapter: Adapter) -> Adapter:
@@ -41,11 +41,17 @@ def rescaled(adapter: Adapter, scales: Mapping[str, float]) -> Adapter:
     return adapter.with_pool(pool, {m: Pointer(m, scales[m]) for m in adapter.modules})
 
 
+def uniform(adapter: Adapter, rank: int) -> Adapter:
+    """The same updates with one rank, and one scale: the most frequent one."""
+    scale = usual(adapter.scale(m) for m in adapter.modules)
+    return padded(rescaled(adapter, dict.fromkeys(adapter.modules, scale)), rank)
+
+
 def times(factors: Factors, number: float) -> Factors:
-    """The pair with B times a number: in B's own type where that is exact, otherwise in float32 or wider."""
+    """The pair with B times a number: in B's own type where that loses nothing, otherwise in float32 or wider."""
     exact = factors.B.double() * number
     b = exact.to(factors.B.dtype)
-    if not torch.equal(b.double(), exact):
+    if not torch.allclose(b.double(), exact, rtol=1e-12, atol=0):  # a ratio of equal scales may be off by a bit
         b = exact.to(torch.promote_types(factors.B.dtype, torch.float32))
     return replace(factors, B=b)
 
@@ -60,7 +66,7 @@ def with_zeros(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Adapt
     """The adapter with further modules whose update is zero, each of rank 1 and a shape (d_out, d_in)."""
     like = next(iter(adapter.pool.values())).A
     pool = {m: Factors(like.new_zeros(1, d_in), like.new_zeros(d_out, 1)) for m, (d_out, d_in) in shapes.items()}
-    return adapter.with_pool({**adapter.pool, **pool}, {**adapter.modules, **{m: Pointer(m, 1.0) for m in shapes}})
+    return adapter.with_pool({**adapter.pool, **pool}, {**adapter.modules, **{m: Pointer(m, 0.0) for m in shapes}})
 
 
 def refuse_carried(adapter: Adapter, engine: str, allowed: str = "", *, copies: bool = False) -> None:

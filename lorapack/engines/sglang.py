@@ -14,12 +14,10 @@ from typing import Any
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import module_type
 from lorapack.engines.arrange import (
-    padded,
     refuse_carried,
     refuse_kinds,
     refuse_names,
-    rescaled,
-    usual,
+    uniform,
     with_zeros,
 )
 from lorapack.engines.engine import BaseConfig, Engine, Scales
@@ -35,9 +33,7 @@ def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
     refuse_names(adapter, "SGLang", KNOWN)
     refuse_carried(adapter, "SGLang", copies=True)
     whole = with_zeros(adapter, _missing(adapter, base))
-    same = usual(adapter.scale(m) for m in adapter.modules)
-    rank = max(factors.rank for factors in whole.pool.values())
-    return padded(rescaled(whole, dict.fromkeys(whole.modules, same)), rank)
+    return uniform(whole, max(factors.rank for factors in whole.pool.values()))
 
 
 def scales(config: Mapping[str, Any]) -> Scales:

@@ -12,12 +12,10 @@ import re
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import module_type
 from lorapack.engines.arrange import (
-    padded,
     refuse_carried,
     refuse_kinds,
     refuse_names,
-    rescaled,
-    usual,
+    uniform,
     with_zeros,
 )
 from lorapack.engines.engine import BaseConfig, Engine
@@ -33,10 +31,8 @@ def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
     refuse_names(adapter, "TGI", KNOWN)
     refuse_carried(adapter, "TGI")
     whole = with_zeros(adapter, _missing(adapter, base))
-    same = usual(adapter.scale(m) for m in adapter.modules)
     rank = max(factors.rank for factors in whole.pool.values())
-    rank = max(LEAST, -(-rank // BLOCK) * BLOCK)
-    return padded(rescaled(whole, dict.fromkeys(whole.modules, same)), rank)
+    return uniform(whole, max(LEAST, -(-rank // BLOCK) * BLOCK))
 
 
 def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
