@@ -143,7 +143,7 @@ def test_where_an_engine_needs_nothing_the_tensors_keep_their_bytes(tmp_path):
 @pytest.mark.parametrize("engine", NAMES)
 @pytest.mark.parametrize("scale", [1 / 3, 0.1, 7 / 5])
 def test_one_scale_for_all_never_moves_into_b(engine, scale, base, tmp_path):
-    source = adapter(ALL, ranks=(7, 3) if engine != "llama.cpp" else (7,), scales=(scale,), dtype=torch.bfloat16)
+    source = adapter(ALL, ranks=(7, 3) if engine != "llama.cpp" else (3,), scales=(scale,), dtype=torch.bfloat16)
     expand_adapter(source, tmp_path / "out", engine, base=base)
     written = load_file(tmp_path / "out" / "adapter_model.safetensors")
     for module, factors in source.pool.items():
@@ -187,14 +187,17 @@ HEADS = adapter(
     modules_to_save=["classifier", "score"],
 )
 DENSE = adapter(ALL, carried={f"{PREFIX}classifier.dense.weight": torch.ones(2, 32)}, modules_to_save=["classifier"])
-EXPERT = "model.layers.0.mlp.experts.{}.w1"
-GAP = with_factors(EXPERT.format(1), linear())
-UNEVEN = Adapter(
-    GAP.config,
-    {EXPERT.format(n): linear(rank=2 + n) for n in range(2)},
-    {EXPERT.format(n): Pointer(EXPERT.format(n), 1.0) for n in range(2)},
-    {},
-)
+
+
+def experts(ranks, stem="model.layers.0.mlp.experts"):
+    pool = {f"{stem}.{name}": linear(rank) for name, rank in ranks.items()}
+    return Adapter({"peft_type": "LORA"}, pool, {name: Pointer(name, 1.0) for name in pool}, {})
+
+
+WHOLE = {f"{n}.{name}": 2 for n in range(3) for name in ("w1", "w2", "w3")}
+GAP = experts({name: rank for name, rank in WHOLE.items() if not name.startswith("1")})
+UNEVEN = experts({**WHOLE, "2.w3": 3})
+PART = experts({name: rank for name, rank in WHOLE.items() if name[2:] != "w2"})
 OUTSIDE = with_factors("model.projector", linear())
 VISION = with_factors("vision.model.layers.0.self_attn.q_proj", linear(d_in=32, d_out=32))
 GPT2 = with_factors("transformer.h.0.attn.c_attn", linear(), fan_in_fan_out=True)
@@ -218,9 +221,10 @@ REFUSED = [
     ("vllm", HEADS, "one classification head, named in modules_to_save, not classifier"),
     ("vllm", DENSE, "classifier.dense.weight, a whole tensor"),
     ("vllm", adapter(ALL[:1], ranks=(513,)), "ranks up to 512, model.layers.0.self_attn.q_proj has 513"),
-    ("vllm", GAP, "stacks experts, and model.layers.0.mlp.experts.0.w1 has no LoRA"),
-    ("llama.cpp", UNEVEN, "stacks experts, and model.layers.0.mlp.experts.1.w1 has rank 3, others 2"),
-    ("sglang", GAP, "a layer named model.layers.0.mlp.experts.1.w1"),
+    ("vllm", GAP, "stacks all experts, and model.layers.0.mlp.experts.1.w1 has no LoRA"),
+    ("vllm", PART, "stacks all experts, and model.layers.0.mlp.experts.0.w2 has no LoRA"),
+    ("llama.cpp", UNEVEN, "stacks all experts, and model.layers.0.mlp.experts.2.w3 has rank 3, others 2"),
+    ("sglang", GAP, "a layer named model.layers.0.mlp.experts.0.w1"),
     ("sglang", OUTSIDE, "a layer named model.projector"),
     ("tgi", VISION, "a layer named vision.model.layers.0.self_attn.q_proj"),
     ("sglang", GPT2, "a layer named transformer.h.0.attn.c_attn"),
@@ -234,6 +238,11 @@ def test_what_an_engine_cannot_take_is_said_by_name_with_the_way_out(engine, ada
         expand_adapter(adapter, tmp_path / "out", engine, base=base)
     assert "`lorapack " in str(refusal.value) and "\n" not in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_experts_of_equal_rank_are_taken(tmp_path):
+    for engine in ("vllm", "llama.cpp"):
+        expand_adapter(experts(WHOLE), tmp_path / engine, engine)
 
 
 def test_one_classification_head_goes_to_vllm(tmp_path):

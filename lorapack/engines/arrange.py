@@ -11,6 +11,7 @@ from lorapack.core.adapter import Adapter, Factors, Pointer
 from lorapack.core.names import PREFIX
 from lorapack.errors import InputError
 
+PROJECTIONS = (("w1", "w2", "w3"), ("gate_proj", "up_proj", "down_proj"))  # of an expert
 WAY_OUT = "serve the model that `lorapack merge` makes of it"
 
 
@@ -114,20 +115,23 @@ def refuse_names(adapter: Adapter, engine: str, known: str) -> None:
 
 
 def refuse_ragged_experts(adapter: Adapter, engine: str) -> None:
-    """Refuse mixtures of experts of which some lack a projection that others have, or have another rank.
+    """Refuse mixtures of experts of which some lack a projection, or have another rank.
 
-    Engines stack the experts of a layer into one tensor.
+    Engines stack all experts of a layer into one tensor a projection, and want all three projections.
 
     Raises:
         InputError: names the module that is missing or has the other rank.
     """
-    ranks: dict[tuple[str, str], dict[int, int]] = {}
+    ranks: dict[str, dict[int, dict[str, int]]] = {}
     for module, factors in adapter.pool.items():
-        if found := re.fullmatch(r"(.*\.experts)\.(\d+)\.(.*)", module):
-            ranks.setdefault((found[1], found[3]), {})[int(found[2])] = factors.rank
-    counts = {stem: max(max(r) for (s, _), r in ranks.items() if s == stem) + 1 for stem, _ in ranks}
-    for (stem, projection), of in ranks.items():
-        for expert in range(counts[stem]):
-            if of.get(expert) != of[min(of)]:
-                has = f"has rank {of[expert]}, others {of[min(of)]}" if expert in of else "has no LoRA, others do"
-                raise InputError(f"{engine} stacks experts, and {stem}.{expert}.{projection} {has}; {WAY_OUT}")
+        if found := re.fullmatch(rf"(.*\.experts)\.(\d+)\.({'|'.join(sum(PROJECTIONS, ()))})", module):
+            ranks.setdefault(found[1], {}).setdefault(int(found[2]), {})[found[3]] = factors.rank
+    for stem, experts in ranks.items():
+        first = next(iter(experts.values()))
+        names = next(names for names in PROJECTIONS if not first.keys().isdisjoint(names))
+        for expert in range(max(experts) + 1):
+            for name in names:
+                rank, usual_rank = experts.get(expert, {}).get(name), first.get(name)
+                if rank is None or rank != usual_rank:
+                    has = f"has rank {rank}, others {usual_rank}" if rank and usual_rank else "has no LoRA"
+                    raise InputError(f"{engine} stacks all experts, and {stem}.{expert}.{name} {has}; {WAY_OUT}")
