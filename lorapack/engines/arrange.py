@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -103,14 +103,14 @@ def refuse_kinds(adapter: Adapter, engine: str, *kinds: str) -> None:
             raise InputError(f"{engine} has no LoRA for {module}, {layer}; {WAY_OUT}")
 
 
-def refuse_names(adapter: Adapter, engine: str, known: str) -> None:
+def refuse_names(adapter: Adapter, engine: str, known: Callable[[str], object]) -> None:
     """Refuse modules that the engine would not find, and leave out without a word.
 
     Raises:
         InputError: names the first.
     """
     for module in adapter.modules:
-        if not re.fullmatch(known, module):
+        if not known(module):
             raise InputError(f"{engine} has no LoRA for a layer named {module}; {WAY_OUT}")
 
 

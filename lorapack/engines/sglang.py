@@ -7,8 +7,8 @@ Modules outside numbered layers are left out without a word, but for the two emb
 be a list.
 """
 
-import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from lorapack.core.adapter import Adapter
@@ -23,14 +23,14 @@ from lorapack.engines.arrange import (
 from lorapack.engines.engine import BaseConfig, Engine, Scales
 from lorapack.errors import InputError
 
-LAYER = r"(?:.*\.)?layers\.\d+\.(?:(?!experts\.).)*?(?:[qkvo]|qkv|gate|up|down|gate_up)_proj"
-KNOWN = rf"{LAYER}|(?:.*\.)?embed_tokens|(?:.*\.)?lm_head"
-PART = re.compile(r"(.*\.)([qkv]_proj|gate_proj|up_proj)")
+ATTENTION = {"q_proj", "k_proj", "v_proj"}
+LAYERS = ATTENTION | {"o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj"}
+OUTSIDE = {"embed_tokens", "lm_head"}
 
 
 def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
     refuse_kinds(adapter, "SGLang", "conv")
-    refuse_names(adapter, "SGLang", KNOWN)
+    refuse_names(adapter, "SGLang", _known)
     refuse_carried(adapter, "SGLang", copies=True)
     whole = with_zeros(adapter, _missing(adapter, base))
     return uniform(whole, max(factors.rank for factors in whole.pool.values()))
@@ -40,17 +40,22 @@ def scales(config: Mapping[str, Any]) -> Scales:
     return lambda module, rank: float(config["lora_alpha"]) / int(config["r"])
 
 
+def _known(module: str) -> bool:
+    *path, name = module.split(".")
+    numbered = any(one == "layers" and two.isdigit() for one, two in pairwise(path))
+    return name in LAYERS and not any(part.endswith("experts") for part in path) if numbered else name in OUTSIDE
+
+
 def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
     """What SGLang wants beside what is there, with shapes (d_out, d_in)."""
     parts: dict[str, set[str]] = {}
     for module in adapter.modules:
-        if found := PART.fullmatch(module):
-            parts.setdefault(found[1], set()).add(found[2])
+        stem, dot, part = module.rpartition(".")
+        parts.setdefault(stem + dot, set()).add(part)
     keys = any("k_proj" in there for there in parts.values())
     missing = {}
     for stem, there in parts.items():
-        attention = there & {"q_proj", "k_proj", "v_proj"}
-        wanted = {"q_proj", "v_proj", *(["k_proj"] if keys else [])} if attention else set()
+        wanted = {"q_proj", "v_proj", *(["k_proj"] if keys else [])} if there & ATTENTION else set()
         wanted |= {"gate_proj"} if "up_proj" in there else set()
         for part in sorted(wanted - there):
             missing[stem + part] = _shape(stem, part, adapter, base)
@@ -75,7 +80,7 @@ def _shape(stem: str, part: str, adapter: Adapter, base: BaseConfig) -> tuple[in
         raise InputError(
             f"SGLang wants {stem}{part}, whose shape the base's config.json does not say ({error})"
         ) from None
-    beside = next(adapter.pool[m] for m in adapter.modules if m.startswith(stem) and PART.fullmatch(m))
+    beside = next(adapter.pool[stem + name] for name in sorted(ATTENTION) if stem + name in adapter.pool)
     return heads * width, beside.shape[1]
 
 

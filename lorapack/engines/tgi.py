@@ -22,13 +22,13 @@ from lorapack.engines.engine import BaseConfig, Engine
 from lorapack.engines.sglang import scales
 from lorapack.errors import InputError
 
-KNOWN = r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+KNOWN = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 BLOCK, LEAST = 16, 64  # a rank is padded to a multiple of the first; the second serves 8 GPUs
 
 
 def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
     refuse_kinds(adapter, "TGI", "conv", "embedding")
-    refuse_names(adapter, "TGI", KNOWN)
+    refuse_names(adapter, "TGI", KNOWN.fullmatch)
     refuse_carried(adapter, "TGI")
     whole = with_zeros(adapter, _missing(adapter, base))
     rank = max(factors.rank for factors in whole.pool.values())
