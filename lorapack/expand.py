@@ -1,11 +1,10 @@
 """`lorapack.expand_adapter`: an adapter as the plain PEFT directory that a serving engine reads."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lorapack.core.adapter import Adapter
 from lorapack.engines import rules
+from lorapack.engines.engine import Base, base_of
 from lorapack.errors import InputError
 from lorapack.hub import find_base_config
 from lorapack.read.files import read_json
@@ -45,7 +44,7 @@ def expand_adapter(
         GateError: `verify` found other outputs.
     """
     title = rules(engine).title
-    written = arranged(adapter, engine, lambda: _base_config(base or adapter.base_model, title))
+    written = arranged(adapter, engine, lambda: _base(base or adapter.base_model, title))
     with new_directory(out, overwrite=overwrite, inputs=() if source is None else (source,)) as directory:
         put_expanded(adapter, written, engine, directory)
         if verify:
@@ -58,11 +57,12 @@ def expand_adapter(
     return written
 
 
-def _base_config(base: str | Path | None, engine: str) -> Mapping[str, Any]:
+def _base(base: str | Path | None, engine: str) -> Base:
     wants = f"{engine} wants layers that the adapter may lack, and the base model's config.json describes them"
     if base is None:
         raise InputError(f"{wants}: name it with --base")
     try:
-        return read_json(find_base_config(base))
+        path = find_base_config(base)
+        return base_of(read_json(path), str(path))
     except InputError as error:
         raise InputError(f"{wants}; {error}. Name it with --base") from None

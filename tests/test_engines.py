@@ -261,6 +261,8 @@ def test_one_classification_head_goes_to_vllm(tmp_path):
     [
         ({"num_hidden_layers": 3}, "has model.layers.3.mlp.down_proj, the base 3 layers"),
         ({"num_hidden_layers": ...}, "has no num_hidden_layers"),
+        ({"num_hidden_layers": "many"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000"),
     ],
 )
 def test_another_base_is_noticed(changes, message, base, tmp_path):
@@ -279,7 +281,7 @@ def test_shapes_that_only_the_base_can_tell_come_from_its_configuration(base, tm
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {**config, "head_dim": 16}}))
     expand_adapter(ADAPTERS["only k"], tmp_path / "wide", "sglang", base=tmp_path)
     assert read(tmp_path / "wide")[1]["model.layers.2.self_attn.q_proj"]["B"].shape == (64, 4)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"hidden_size": 32}')
     with pytest.raises(InputError, match=re.escape("does not say (")):
         expand_adapter(ADAPTERS["only k"], tmp_path / "no", "sglang", base=tmp_path)
 

@@ -19,11 +19,11 @@ from lorapack.engines.arrange import (
     rescaled,
     usual,
 )
-from lorapack.engines.engine import BaseConfig, Engine, Scales
+from lorapack.engines.engine import AskBase, Engine, Scales
 from lorapack.errors import InputError
 
 
-def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     refuse_kinds(adapter, "llama.cpp", "conv")
     refuse_carried(adapter, "llama.cpp", copies=True)
     refuse_ragged_experts(adapter, "llama.cpp")

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapack.core.adapter import Adapter
-from lorapack.engines.engine import BaseConfig, Engine, Scales
+from lorapack.engines.engine import AskBase, Engine, Scales
 from lorapack.read.config import check_config
 from lorapack.read.files import CONFIG
 
 
-def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     return adapter
 
 

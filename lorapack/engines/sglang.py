@@ -20,7 +20,7 @@ from lorapack.engines.arrange import (
     uniform,
     with_zeros,
 )
-from lorapack.engines.engine import BaseConfig, Engine, Scales
+from lorapack.engines.engine import LARGEST, AskBase, Engine, Scales
 from lorapack.errors import InputError
 
 ATTENTION = {"q_proj", "k_proj", "v_proj"}
@@ -28,7 +28,7 @@ LAYERS = ATTENTION | {"o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj",
 OUTSIDE = {"embed_tokens", "lm_head"}
 
 
-def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     refuse_kinds(adapter, "SGLang", "conv")
     refuse_names(adapter, "SGLang", _known)
     refuse_carried(adapter, "SGLang", copies=True)
@@ -46,7 +46,7 @@ def _known(module: str) -> bool:
     return name in LAYERS and not any(part.endswith("experts") for part in path) if numbered else name in OUTSIDE
 
 
-def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
+def _missing(adapter: Adapter, base: AskBase) -> dict[str, tuple[int, int]]:
     """What SGLang wants beside what is there, with shapes (d_out, d_in)."""
     parts: dict[str, set[str]] = {}
     for module in adapter.modules:
@@ -62,24 +62,20 @@ def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
     return missing
 
 
-def _shape(stem: str, part: str, adapter: Adapter, base: BaseConfig) -> tuple[int, int]:
+def _shape(stem: str, part: str, adapter: Adapter, base: AskBase) -> tuple[int, int]:
     """As the same layer has it elsewhere, or its twin beside it, or as the base model's configuration says."""
     twin = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj"}.get(part, part)
     alike = [m for m in adapter.modules if module_type(m) == module_type(stem + part)]
     for module in (stem + twin, *alike):
         if module in adapter.pool:
             return adapter.pool[module].shape
-    config = base()
-    config = config.get("text_config") or config
-    try:
-        heads = int(config["num_attention_heads"])
-        width = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-        if part != "q_proj":
-            heads = int(config.get("num_key_value_heads") or heads)
-    except (KeyError, TypeError, ValueError) as error:
+    facts = base()
+    heads = facts.num_attention_heads if part == "q_proj" else facts.num_key_value_heads or facts.num_attention_heads
+    width = facts.head_dim or facts.hidden_size // max(1, facts.num_attention_heads)
+    if not 0 < heads * width <= LARGEST:
         raise InputError(
-            f"SGLang wants {stem}{part}, whose shape the base's config.json does not say ({error})"
-        ) from None
+            f"SGLang wants {stem}{part}, whose shape the base's config.json does not say (heads, head_dim)"
+        )
     beside = next(adapter.pool[stem + name] for name in sorted(ATTENTION) if stem + name in adapter.pool)
     return heads * width, beside.shape[1]
 

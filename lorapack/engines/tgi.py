@@ -18,7 +18,7 @@ from lorapack.engines.arrange import (
     uniform,
     with_zeros,
 )
-from lorapack.engines.engine import BaseConfig, Engine
+from lorapack.engines.engine import AskBase, Engine
 from lorapack.engines.sglang import scales
 from lorapack.errors import InputError
 
@@ -26,7 +26,7 @@ KNOWN = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|
 BLOCK, LEAST = 16, 64  # a rank is padded to a multiple of the first; the second serves 8 GPUs
 
 
-def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     refuse_kinds(adapter, "TGI", "conv", "embedding")
     refuse_names(adapter, "TGI", KNOWN.fullmatch)
     refuse_carried(adapter, "TGI")
@@ -35,11 +35,10 @@ def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
     return uniform(whole, max(LEAST, -(-rank // BLOCK) * BLOCK))
 
 
-def _missing(adapter: Adapter, base: BaseConfig) -> dict[str, tuple[int, int]]:
+def _missing(adapter: Adapter, base: AskBase) -> dict[str, tuple[int, int]]:
     """The layers that lack a type which others have, with shapes (d_out, d_in)."""
-    config = base()
-    layers = (config.get("text_config") or config).get("num_hidden_layers")
-    if not isinstance(layers, int):
+    layers = base().num_hidden_layers
+    if not layers:
         raise InputError("TGI wants every layer of a type, and the base's config.json has no num_hidden_layers")
     shapes: dict[str, tuple[int, int]] = {}
     for module, factors in adapter.pool.items():

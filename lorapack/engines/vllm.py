@@ -9,7 +9,7 @@ knows one classification head; DoRA, biases and activated LoRA it refuses.
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import PREFIX
 from lorapack.engines.arrange import WAY_OUT, refuse_carried, refuse_kinds, refuse_ragged_experts
-from lorapack.engines.engine import BaseConfig, Engine
+from lorapack.engines.engine import AskBase, Engine
 from lorapack.engines.peft import scales
 from lorapack.errors import InputError
 
@@ -17,7 +17,7 @@ MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can b
 HEAD = r"(?:.*\.)?(?:score|classifier)\.(?:weight|bias)"
 
 
-def arrange(adapter: Adapter, base: BaseConfig) -> Adapter:
+def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     refuse_kinds(adapter, "vLLM", "conv")
     refuse_carried(adapter, "vLLM", HEAD, copies=True)
     _refuse_heads(adapter)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lorapack.core.adapter import Adapter
 from lorapack.engines import rules
 from lorapack.engines.arrange import private
-from lorapack.engines.engine import BaseConfig, Scales
+from lorapack.engines.engine import AskBase, Scales
 from lorapack.errors import OutputError
 from lorapack.read.adapter import read_adapter
 from lorapack.read.files import CONFIG, read_json
@@ -25,13 +25,13 @@ FIELDS = (
 ROUNDING = 2.0**-22  # of a scale that was moved into B, and of one that is kept in float32
 
 
-def arranged(adapter: Adapter, engine: str, base: BaseConfig) -> Adapter:
+def arranged(adapter: Adapter, engine: str, base: AskBase) -> Adapter:
     """The adapter as an engine has to be given it, with one plain pair a module.
 
     Args:
         adapter: any.
         engine: a name of `lorapack.engines.NAMES`.
-        base: gives the base model's configuration, where the adapter does not say enough.
+        base: gives the base model's facts, where the adapter does not say enough.
 
     Raises:
         InputError: what the engine cannot compute, and the way out.
