@@ -36,8 +36,8 @@ def share_equal(adapter: Adapter) -> Adapter:
             for module in members:
                 del pool[module], modules[module]
         elif len(members) > 1:
-            name = adapter.free_name(f"shared.{module_type(members[0])}")
-            while name in pool:
+            name = f"shared.{module_type(members[0])}"
+            while name in pool or name in adapter.pool:
                 name += ".again"
             pool[name] = pool[members[0]]
             for module in members:
