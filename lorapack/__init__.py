@@ -31,6 +31,7 @@ _PUBLIC = {
     "describe_adapter": "lorapack.describe",
     "evaluate_adapters": "lorapack.evaluate",
     "extract_adapter": "lorapack.extract.extract",
+    "expand_adapter": "lorapack.expand",
     "measure_adapter": "lorapack.measure",
     "merge_adapter": "lorapack.merge.merge",
     "pack_adapter": "lorapack.pack",

@@ -19,7 +19,7 @@ from lorapack.convert.mlx import TENSORS, from_mlx, is_mlx
 from lorapack.convert.pairs import alpha_of
 from lorapack.core.adapter import Adapter
 from lorapack.errors import InputError, OutputError
-from lorapack.hub import find_config, read_adapter
+from lorapack.hub import find_base_config, read_adapter
 from lorapack.merge.layout import read_shard
 from lorapack.read.files import CONFIG, read_bin, read_json, read_safetensors
 from lorapack.read.foreign import foreign_format
@@ -202,7 +202,10 @@ def _write_gguf(
     model = base or adapter.base_model
     if model is None:
         raise InputError("the adapter names no base model; name it with --base")
-    config = find_config(model, None if base else adapter.config.get("revision"))
+    try:
+        config = find_base_config(model, None if base else adapter.config.get("revision"))
+    except InputError as error:
+        raise InputError(f"GGUF needs the base's configuration, and {error}. Name it with --base") from None
     made = to_gguf(adapter, read_json(config), str(config), dtype)
     with new_file(out, overwrite=overwrite, inputs=(source, config.parent)) as path:
         write_gguf(made, path)

@@ -58,7 +58,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     return found
 
 
-def find_config(source: str | Path, revision: str | None = None) -> Path:
+def find_base_config(source: str | Path, revision: str | None = None) -> Path:
     """The `config.json` of a base model, of which nothing else is needed.
 
     Raises:
@@ -67,10 +67,10 @@ def find_config(source: str | Path, revision: str | None = None) -> Path:
     place = Path(source)
     if not place.exists():
         if not _MODEL.match(str(source)):
-            raise InputError(f"the base model {source} does not exist; name it with --base")
+            raise InputError(f"the base model {source} does not exist")
         place = _snapshot(str(source), revision, ["config.json"])
     if not (place / "config.json").is_file():
-        raise InputError(f"{source} has no config.json: it is not a model directory; name it with --base")
+        raise InputError(f"{source} has no config.json: it is not a model directory")
     return place / "config.json"
 
 

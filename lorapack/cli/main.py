@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorapack import __version__
+from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
 from lorapack.cli.convert import convert
 from lorapack.cli.diff import diff
@@ -21,6 +22,7 @@ from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
+from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
@@ -44,7 +46,9 @@ for command in (
     evaluate,
     diff,
     expand,
+    compact,
     merge,
+    verify,
     convert,
     extract,
 ):

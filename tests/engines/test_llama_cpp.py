@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from engines.gguf_base import write_base
+from gguf_base import write_base
 from peft import PeftModel
 from support import ADAPTER, BASE, gpt2, lora, run
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -21,7 +21,7 @@ from lorapack.read import read_adapter
 from lorapack.write import write_adapter
 
 HERE = Path(__file__).parent
-MODULES = HERE.parent / ".venv" / "llama" / "node_modules"
+MODULES = HERE.parent.parent / ".cache" / "engines" / "llama" / "node_modules"
 CONVERTER = MODULES.parent / "llama.cpp" / "convert_lora_to_gguf.py"
 PROMPTS = [[1, 403, 407, 261, 378], [1, 291, 345, 411], [1, 17, 403, 304, 292, 5]]
 COUNT = 40
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not MODULES.is_dir(), reason="no llama.cpp here:
 def tokens_of_llama_cpp(model: Path, adapter: Path | None, prompts=PROMPTS) -> list[list[int]]:
     asked = {"model": str(model), "lora": str(adapter) if adapter else None, "prompts": prompts, "count": COUNT}
     done = subprocess.run(
-        ["node", HERE / "engines" / "llama_cpp.mjs"],
+        ["node", HERE / "llama_cpp.mjs"],
         input=json.dumps(asked),
         capture_output=True,
         text=True,
