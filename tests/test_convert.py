@@ -277,6 +277,21 @@ def test_diffusers_own_loader_makes_the_same_model_of_our_file_as_peft_of_the_ad
     assert not torch.allclose(plain, theirs, atol=1e-3)
 
 
+def test_the_loader_of_kohyas_scripts_in_lycoris_makes_the_same_model_of_our_file(tmp_path):
+    kohya = pytest.importorskip("lycoris.kohya")
+    lora(small_unet(), tmp_path / "adapter", **ON_UNET, **ALPHAS_DIFFER)
+    convert_adapter(tmp_path / "adapter", tmp_path / "made.safetensors", "kohya")
+    unet = small_unet()
+    kohya.LycorisNetworkKohya.apply_preset({"unet_target_module": [], "unet_target_name": []})  # what the file has alone
+    network, weights = kohya.create_network_from_weights(1.0, str(tmp_path / "made.safetensors"), None, None, unet)
+    network.apply_to(None, unet, apply_text_encoder=False, apply_unet=True)
+    missing, unexpected = network.load_state_dict(weights, strict=False)
+    assert not unexpected and not [name for name in missing if "lora" in name]
+    theirs = said(PeftModel.from_pretrained(small_unet(), tmp_path / "adapter"))
+    torch.testing.assert_close(said(unet), theirs)
+    assert len(network.unet_loras) == len(read_adapter(tmp_path / "adapter").modules)
+
+
 def test_alphas_that_diffusers_misreads_in_a_kohya_file_are_pointed_out(tmp_path):
     lora(small_unet(), tmp_path / "one", **ON_UNET)
     lora(small_unet(), tmp_path / "two", **ON_UNET, **ALPHAS_DIFFER)
