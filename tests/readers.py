@@ -15,11 +15,12 @@ from safetensors.torch import save
 
 from lorapack.conversion import read_any
 from lorapack.convert import diffusers, kohya
+from lorapack.convert.gguf import to_gguf
 from lorapack.core import plan, report, statistics
 from lorapack.data.rows import read_rows
 from lorapack.merge.base import read_base
 from lorapack.read import read_adapter
-from lorapack.read.files import read_safetensors, read_text
+from lorapack.read.files import read_json, read_safetensors, read_text
 from lorapack.recover import state
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -89,6 +90,7 @@ STATE = {"facts": {}, "curve": [[0, 1.0]], "step": 0, "best": 0, "waited": 0, "c
 KEPT = save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: json.dumps(STATE)})
 
 
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": None}
 PAIR = {"down": torch.ones(2, 3), "up": torch.ones(4, 2)}
 KOHYA = {f"lora_unet_conv_in.lora_{half}.weight": tensor for half, tensor in PAIR.items()}
 KOHYA |= {"lora_unet_conv_in.alpha": torch.tensor(4.0)}
@@ -168,6 +170,16 @@ def _mlx(config: bytes, tensors: bytes, directory: Path) -> object:
     return read_any(directory)
 
 
+def _plain(directory: Path) -> object:
+    _adapter(_json(LORA), save(PAIRS), directory)
+    return read_adapter(directory)
+
+
+def _object(data: bytes, directory: Path) -> dict:
+    (directory / "config.json").write_bytes(data)
+    return read_json(directory / "config.json")
+
+
 def _said(data: bytes) -> str:
     """Bytes as text that a safetensors header can hold."""
     return data.decode(errors="replace")
@@ -205,6 +217,7 @@ READERS = {
     "loralib": Reader(save(LORALIB), _file),
     "mlx_config": Reader(_json(MLX_CONFIG), lambda data, d: _mlx(data, save(MLX), d)),
     "mlx_tensors": Reader(save(MLX), lambda data, d: _mlx(_json(MLX_CONFIG), data, d)),
+    "gguf_config": Reader(_json(LLAMA), lambda data, d: to_gguf(_plain(d), _object(data, d), "config.json")),
     "jsonl": Reader(b'{"text": "one"}\n{"text": "two"}\n', _rows(".jsonl")),
     "csv": Reader(b'text,label\n"one, two",1\n', _rows(".csv")),
 }

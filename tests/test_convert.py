@@ -282,7 +282,9 @@ def test_the_loader_of_kohyas_scripts_in_lycoris_makes_the_same_model_of_our_fil
     lora(small_unet(), tmp_path / "adapter", **ON_UNET, **ALPHAS_DIFFER)
     convert_adapter(tmp_path / "adapter", tmp_path / "made.safetensors", "kohya")
     unet = small_unet()
-    kohya.LycorisNetworkKohya.apply_preset({"unet_target_module": [], "unet_target_name": []})  # what the file has alone
+    kohya.LycorisNetworkKohya.apply_preset(
+        {"unet_target_module": [], "unet_target_name": []}
+    )  # what the file has alone
     network, weights = kohya.create_network_from_weights(1.0, str(tmp_path / "made.safetensors"), None, None, unet)
     network.apply_to(None, unet, apply_text_encoder=False, apply_unet=True)
     missing, unexpected = network.load_state_dict(weights, strict=False)

@@ -47,6 +47,7 @@ ARCHITECTURES = {
 }
 PERMUTED = ("granite", "llama", "mistral", "olmo", "smollm3")  # of them, those with rows of q and k in another order
 EMBEDDING = "token_embd.weight"
+MOST = 1000  # layers or heads; the tensor map has an entry for each name of every layer
 TIED_ENDS = (EMBEDDING, "output.weight")
 
 
@@ -87,6 +88,9 @@ def to_gguf(adapter: Adapter, config: Mapping[str, Any], where: str, dtype: Outp
     """
     names = {"num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}  # as GPT-2 calls them
     settings = parse_value(ModelSettings, {n: config.get(old) for n, old in names.items()} | dict(config), where)
+    counts = (settings.num_hidden_layers, settings.num_attention_heads, settings.num_key_value_heads or 1)
+    if min(counts) < 1 or max(counts) > MOST:
+        raise InputError(f"{where}: {counts[0]} layers and {counts[1]} heads are those of no model")
     if settings.model_type not in ARCHITECTURES:
         raise InputError(
             f"{where}: a LoRA for model_type {settings.model_type!r} cannot be converted to GGUF; merge it into the "
