@@ -202,6 +202,24 @@ def test_a_name_of_an_unknown_model_is_refused_and_the_way_out_named(tmp_path):
         from_kohya(tensors, {}, {"unet": ["odd.thing_0"]}, "file")
 
 
+@pytest.mark.parametrize("prefix", ["lora_unet", "lora_transformer"])
+def test_a_transformer_is_known_by_its_names_under_either_prefix(prefix):
+    name = "single_transformer_blocks.3.attn.to_q"
+    tensors = {f"{prefix}_{underscored(name)}.lora_{half}.weight": torch.ones(2, 2) for half in ("down", "up")}
+    for names in ({}, {"transformer": [name, "proj_out"]}):
+        found = from_kohya(tensors, {}, names, "file")
+        assert list(found) == ["transformer"] and list(found["transformer"].modules) == [name]
+
+
+def test_two_adapters_for_one_transformer_are_refused():
+    name = underscored("single_transformer_blocks.3.attn.to_q")
+    stems = [
+        f"{prefix}_{name}.lora_{half}.weight" for prefix in ("lora_transformer", "lora_unet") for half in ("down", "up")
+    ]
+    with pytest.raises(InputError, match="two adapters for the transformer"):
+        from_kohya(dict.fromkeys(stems, torch.ones(2, 2)), {}, {}, "file")
+
+
 def test_names_that_kohya_cannot_tell_apart_are_refused():
     a, b = torch.ones(2, 3), torch.ones(4, 2)
     found = adapter_of({"down_blocks.0.a_b": Pair(a, b), "down_blocks.0.a.b": Pair(a, b)}, "made")

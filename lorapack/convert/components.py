@@ -16,6 +16,11 @@ _BEGIN = {
 }
 
 
+def denoiser(modules: Iterable[str]) -> str:
+    """Whether modules of what turns noise into an image are a transformer's; a UNet's otherwise."""
+    return "transformer" if any(module.startswith(_BEGIN["transformer"]) for module in modules) else "unet"
+
+
 def component(modules: Iterable[str]) -> str:
     """Which model of a pipeline modules are of, by their names; a text encoder is taken for the first.
 

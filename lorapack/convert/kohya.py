@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorapack.convert import flux
-from lorapack.convert.components import Parts
+from lorapack.convert.components import Parts, denoiser
 from lorapack.convert.names import dotted, underscored
 from lorapack.convert.pairs import Pair, adapter_of, alpha_of, refuse_carried
 from lorapack.convert.sgm import diffusers_name
@@ -22,7 +22,7 @@ DOWN, UP, ALPHA = "lora_down.weight", "lora_up.weight", "alpha"
 NAMES = "lorapack_modules"  # in a file's metadata: component to its modules' dotted names
 
 _PREFIXES = {
-    "lora_unet": "unet",
+    "lora_unet": "unet",  # or a transformer, under the same prefix
     "lora_transformer": "transformer",
     "lora_te": "text_encoder",
     "lora_te1": "text_encoder",
@@ -54,19 +54,23 @@ def from_kohya(
         InputError: another method than LoRA, halves without the other, names of which the dots are not certain.
     """
     listed = _listed(metadata)
-    found = {}
+    found: dict[str, Adapter] = {}
     for component, pairs in _by_component(_pairs(tensors, where), where).items():
         if component == "unet" and any(map(flux.is_flux, pairs)):
             found["transformer"] = adapter_of(flux.diffusers_pairs(pairs, where), where)
             continue
-        certain = _flat_names(component, names.get(component, ()))
+        base = component if component != "unet" or component in names else "transformer"
+        certain = _flat_names(component, names.get(base, ()))
         modules = {}
         for flat, pair in pairs.items():
             plain = diffusers_name(flat) if component == "unet" else flat
-            if component in names and plain not in certain:
-                raise InputError(f"{where}: {flat} is no module of the base's {component}")
+            if base in names and plain not in certain:
+                raise InputError(f"{where}: {flat} is no module of the base's {base}")
             modules[certain.get(plain) or listed.get(component, {}).get(plain) or dotted(plain, where)] = pair
-        found[component] = adapter_of(modules, where)
+        name = denoiser(modules) if component == "unet" else component
+        if name in found:
+            raise InputError(f"{where} has two adapters for the {name}, under lora_unet_ and lora_transformer_")
+        found[name] = adapter_of(modules, where)
     return found
 
 
