@@ -4,8 +4,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 OLDEST_PEFT := 0.21.0
 ENGINES := vllm==0.33.0 sglang==0.5.23
+LLAMA := .cache/engines/llama
+NODE_LLAMA_CPP := 3.22.1
+LLAMA_CPP_PYTHON := 0.3.36
 
-.PHONY: demo test engines lint format docs clean
+.PHONY: demo test engines llama lint format docs clean
 
 # The main job on the embedded fixture: a real 0.26M-parameter Llama and a LoRA trained on it.
 demo: $(VENV)/ready
@@ -23,6 +26,18 @@ engines: $(VENV)/ready-dev
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: \
 		--python-version 3.11 --dest .cache/engines $(ENGINES)
 	$(BIN)/python -m pytest --quiet tests/engines
+
+# What `convert` makes for llama.cpp, loaded by llama.cpp (an npm package that ships its binary), and compared with what
+# llama.cpp's own converter makes (in the source package of llama-cpp-python, which is not built).
+llama: $(VENV)/ready-dev
+	npm install --prefix $(LLAMA) --no-audit --no-fund --ignore-scripts --omit=optional \
+		node-llama-cpp@$(NODE_LLAMA_CPP) @node-llama-cpp/linux-x64@$(NODE_LLAMA_CPP)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+		--dest $(LLAMA) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	mkdir -p $(LLAMA)/llama.cpp
+	tar --extract --gzip --file $(LLAMA)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz --strip-components=3 \
+		--directory $(LLAMA)/llama.cpp --wildcards '*/vendor/llama.cpp/conver*' '*/vendor/llama.cpp/gguf-py/*'
+	$(BIN)/python -m pytest --quiet tests/engines/test_llama_cpp.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 WEIGHTS, BIN_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
+_MODEL = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?$")  # also without an owner, such as gpt2
 
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path:
@@ -49,7 +50,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not _ID.match(str(source)) and not re.match(r"^\w[\w.-]*$", str(source)):  # such as gpt2
+    if not _MODEL.match(str(source)):
         raise InputError(f"the base model {source} does not exist; name it with --base")
     found = _snapshot(str(source), revision, [WEIGHTS, "model.safetensors.index.json", *TEXTS])
     if not any(found.glob(WEIGHTS)):
@@ -57,14 +58,20 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     return found
 
 
-def find_base_config(source: str | Path) -> Path:
-    """The base model's `config.json`; of one on the Hub that file alone is fetched.
+def find_base_config(source: str | Path, revision: str | None = None) -> Path:
+    """The `config.json` of a base model, of which nothing else is needed.
 
     Raises:
-        InputError: neither a directory nor a repository within reach.
+        InputError: neither a directory nor a repository within reach, or it has none.
     """
-    path = Path(source)
-    return (path if path.exists() else _snapshot(str(source), None, ["config.json"])) / "config.json"
+    place = Path(source)
+    if not place.exists():
+        if not _MODEL.match(str(source)):
+            raise InputError(f"the base model {source} does not exist")
+        place = _snapshot(str(source), revision, ["config.json"])
+    if not (place / "config.json").is_file():
+        raise InputError(f"{source} has no config.json: it is not a model directory")
+    return place / "config.json"
 
 
 def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:

@@ -13,11 +13,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from lorapack.conversion import read_any
+from lorapack.convert import diffusers, kohya
+from lorapack.convert.gguf import to_gguf
 from lorapack.core import plan, report, statistics
 from lorapack.data.rows import read_rows
 from lorapack.merge.base import read_base
 from lorapack.read import read_adapter
-from lorapack.read.files import read_safetensors, read_text
+from lorapack.read.files import read_json, read_safetensors, read_text
 from lorapack.recover import state
 
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
@@ -87,6 +90,17 @@ STATE = {"facts": {}, "curve": [[0, 1.0]], "step": 0, "best": 0, "waited": 0, "c
 KEPT = save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: json.dumps(STATE)})
 
 
+LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": None}
+PAIR = {"down": torch.ones(2, 3), "up": torch.ones(4, 2)}
+KOHYA = {f"lora_unet_conv_in.lora_{half}.weight": tensor for half, tensor in PAIR.items()}
+KOHYA |= {"lora_unet_conv_in.alpha": torch.tensor(4.0)}
+DIFFUSERS = {f"unet.conv_in.lora_{name}.weight": PAIR[half] for name, half in (("A", "down"), ("B", "up"))}
+DIFFUSERS_METADATA = {"unet.r": 2, "unet.lora_alpha": 4, "unet.rank_pattern": {"conv_in": 2}}
+LORALIB = {"encoder.q.lora_A": PAIR["down"], "encoder.q.lora_B": PAIR["up"], "head.weight": torch.ones(2, 2)}
+MLX = {f"{Q}.lora_{name}": PAIR[half].T.contiguous() for name, half in (("a", "down"), ("b", "up"))}
+MLX_CONFIG = {"fine_tune_type": "lora", "model": "a/b", "lora_parameters": {"rank": 2, "scale": 20.0, "dropout": 0.0}}
+
+
 @dataclass(frozen=True)
 class Reader:
     """A name, a good file, and the function that reads its bytes in an empty directory."""
@@ -145,6 +159,32 @@ def _state(data: bytes, directory: Path) -> object:
     return state.load(directory / "state", {}, [torch.ones(2)])
 
 
+def _file(data: bytes, directory: Path) -> object:
+    (directory / "lora.safetensors").write_bytes(data)
+    return read_any(directory / "lora.safetensors", alpha=4.0)
+
+
+def _mlx(config: bytes, tensors: bytes, directory: Path) -> object:
+    (directory / "adapter_config.json").write_bytes(config)
+    (directory / "adapters.safetensors").write_bytes(tensors)
+    return read_any(directory)
+
+
+def _plain(directory: Path) -> object:
+    _adapter(_json(LORA), save(PAIRS), directory)
+    return read_adapter(directory)
+
+
+def _object(data: bytes, directory: Path) -> dict:
+    (directory / "config.json").write_bytes(data)
+    return read_json(directory / "config.json")
+
+
+def _said(data: bytes) -> str:
+    """Bytes as text that a safetensors header can hold."""
+    return data.decode(errors="replace")
+
+
 def _rows(ending: str) -> Callable[[bytes, Path], object]:
     def read(data: bytes, directory: Path) -> object:
         (directory / f"rows{ending}").write_bytes(data)
@@ -166,6 +206,18 @@ READERS = {
     "base_safetensors": Reader(BASE, lambda data, d: _base(d, single=data)),
     "base_index": Reader(_json(INDEX), lambda data, d: _base(d, index=data, shard=BASE)),
     "recovery_state": Reader(KEPT, _state),
+    "kohya": Reader(save(KOHYA), _file),
+    "kohya_names": Reader(
+        _json({"unet": ["conv_in"]}), lambda data, d: _file(save(KOHYA, {kohya.NAMES: _said(data)}), d)
+    ),
+    "diffusers": Reader(save(DIFFUSERS), _file),
+    "diffusers_metadata": Reader(
+        _json(DIFFUSERS_METADATA), lambda data, d: _file(save(DIFFUSERS, {diffusers.METADATA: _said(data)}), d)
+    ),
+    "loralib": Reader(save(LORALIB), _file),
+    "mlx_config": Reader(_json(MLX_CONFIG), lambda data, d: _mlx(data, save(MLX), d)),
+    "mlx_tensors": Reader(save(MLX), lambda data, d: _mlx(_json(MLX_CONFIG), data, d)),
+    "gguf_config": Reader(_json(LLAMA), lambda data, d: to_gguf(_plain(d), _object(data, d), "config.json")),
     "jsonl": Reader(b'{"text": "one"}\n{"text": "two"}\n', _rows(".jsonl")),
     "csv": Reader(b'text,label\n"one, two",1\n', _rows(".csv")),
 }

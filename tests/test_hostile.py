@@ -23,6 +23,7 @@ from lorapack.read.files import LARGEST_JSON
 from lorapack.read.patterns import SECONDS, first_match
 
 JSON = ["adapter_config", "compact_config", "plan", "report", "base_config", "base_index"]
+JSON += ["kohya_names", "diffusers_metadata", "mlx_config", "gguf_config"]
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)

@@ -14,10 +14,10 @@ from lorapack.core.statistics import Moments, Statistics
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
-CORE = {"errors", "core", "read", "plan", "pack", "engines", "write"}
+CORE = {"errors", "core", "read", "plan", "pack", "engines", "convert", "write"}
 DATA = {"data"}
 MODEL = {"watch", "model", "measure", "recover", "evaluate", "verify"} | DATA
-CORE_LIBRARIES = {"numpy", "pydantic", "regex", "safetensors", "torch"}
+CORE_LIBRARIES = {"gguf", "numpy", "pydantic", "regex", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -10,9 +10,11 @@ import click
 from lorapack import __version__
 from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
+from lorapack.cli.convert import convert
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
+from lorapack.cli.extract import extract
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -47,6 +49,8 @@ for command in (
     compact,
     merge,
     verify,
+    convert,
+    extract,
 ):
     cli.add_command(command)
 

@@ -34,13 +34,14 @@ def measure(
 
     What is written can be given to `lorapack plan` and `lorapack compress --statistics`.
     """
-    from lorapack.cli.files import refuse_existing, write_statistics
+    from lorapack.cli.files import write_statistics
     from lorapack.cli.progress import watch
     from lorapack.cli.show import console, table
     from lorapack.core.statistics import output_norms
     from lorapack.hub import read_adapter
     from lorapack.job import chosen_method
     from lorapack.measure import measure_adapter
+    from lorapack.write.file import refuse_existing
 
     refuse_existing(out, overwrite, adapter, data, settings["base"])
     chosen, chosen_options = chosen_method(method, method_options)

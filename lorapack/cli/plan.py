@@ -30,12 +30,13 @@ def plan(
 
     The file can be edited by hand and given to `lorapack compress --plan`.
     """
-    from lorapack.cli.files import read_statistics, refuse_existing, write_plan
+    from lorapack.cli.files import read_statistics, write_plan
     from lorapack.cli.show import print_plan
     from lorapack.core.adapter import size
     from lorapack.core.plan import parameters
     from lorapack.hub import read_adapter
     from lorapack.job import plan_adapter
+    from lorapack.write.file import refuse_existing
 
     refuse_existing(out, overwrite, adapter, statistics_file)
     source = read_adapter(adapter, revision)

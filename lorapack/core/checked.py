@@ -42,5 +42,5 @@ def parse_value(kind: type[Value], value: Mapping[str, Any], where: str) -> Valu
 
 def _explain(error: pydantic.ValidationError) -> str:
     first = error.errors(include_url=False)[0]
-    path = ".".join(str(part) for part in first["loc"])
+    path = ".".join(str(part).replace("\n", " ") for part in first["loc"])
     return f"{path}: {first['msg']}" if path else str(first["msg"])

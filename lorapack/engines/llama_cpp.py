@@ -11,14 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorapack.core.adapter import Adapter
-from lorapack.engines.arrange import (
-    WAY_OUT,
-    refuse_carried,
-    refuse_kinds,
-    refuse_ragged_experts,
-    rescaled,
-    usual,
-)
+from lorapack.engines.arrange import refuse_carried, refuse_kinds, refuse_ragged_experts, rescaled, usual
 from lorapack.engines.engine import AskBase, Engine, Scales
 from lorapack.errors import InputError
 
@@ -29,7 +22,10 @@ def arrange(adapter: Adapter, base: AskBase) -> Adapter:
     refuse_ragged_experts(adapter, "llama.cpp")
     if adapter.config.get("fan_in_fan_out"):
         first = next(iter(adapter.modules))
-        raise InputError(f"llama.cpp's converter transposes {first} (fan_in_fan_out), but not its factors; {WAY_OUT}")
+        raise InputError(
+            f"llama.cpp's converter transposes {first} (fan_in_fan_out), but not its factors; `lorapack convert` makes "
+            "the GGUF file without it"
+        )
     ranks = {module: factors.rank for module, factors in adapter.pool.items()}
     alpha = usual(adapter.scale(m) * rank for m, rank in ranks.items())
     return rescaled(adapter, {m: alpha / rank for m, rank in ranks.items()})

@@ -15,6 +15,7 @@ from lorapack.errors import InputError
 from lorapack.read.compact import Form, manifest, unfold
 from lorapack.read.config import COMPACT_TYPE, LoraSettings, check_config
 from lorapack.read.files import BIN, CONFIG, REPORT, SAFETENSORS, read_bin, read_json, read_safetensors
+from lorapack.read.foreign import CALLED, foreign_format
 from lorapack.read.stored import unstored
 
 __all__ = ["BIN", "CONFIG", "REPORT", "SAFETENSORS", "from_tensors", "read_adapter", "read_tensors"]
@@ -113,7 +114,7 @@ def from_tensors(
         if stem in shared:
             form = (forms or {}).get(stem, Form())
             seed = form.seeded.seed if form.seeded else None
-            pool[stem] = replace(_pair(stem, parts, where), seed=seed)
+            pool[stem] = replace(pair(stem, parts, where), seed=seed)
             for module in shared[stem]:
                 _check_rank(settings, module, pool[stem].rank, where)
                 core, output = (tensors.get(f"{PREFIX}{module}.{place}") for place in ("lora_A.core", "lora_B.output"))
@@ -126,13 +127,13 @@ def from_tensors(
         if not stem.startswith(PREFIX):
             raise InputError(f"{where}: {stem} does not begin with {PREFIX!r}, so PEFT would not find its module")
         module = stem.removeprefix(PREFIX)
-        pool[module] = _pair(module, parts, where)
+        pool[module] = pair(module, parts, where)
         _check_rank(settings, module, pool[module].rank, where)
         modules[module] = Pointer(module, settings.scale(module, pool[module].rank))
     return Adapter(config, pool, modules, carried)
 
 
-def _pair(name: str, parts: Mapping[str, Tensor], where: str) -> Factors:
+def pair(name: str, parts: Mapping[str, Tensor], where: str) -> Factors:
     kind: Kind = "linear"
     if any("embedding" in part for part in parts):
         kind = "embedding"
@@ -167,9 +168,9 @@ def _check_rank(settings: LoraSettings, module: str, rank: int, where: str) -> N
 def _single_file(path: Path) -> str:
     hint = f"{path} is a file; lorapack reads PEFT adapter directories"
     if path.suffix == ".safetensors":
-        return f"{hint}{_format(set(read_safetensors(path)[0]))}"
+        return f"{hint}{_called(set(read_safetensors(path)[0]))}"
     if path.suffix in (".bin", ".pt", ".pth"):
-        return f"{hint}{_format(set(read_bin(path)))}"
+        return f"{hint}{_called(set(read_bin(path)))}"
     return hint
 
 
@@ -178,11 +179,6 @@ def _hint(directory: Path) -> str:
     return f" ({_single_file(files[0])})" if files else ""
 
 
-def _format(names: set[str]) -> str:
-    if any(name.endswith((".lora_down.weight", ".lora_up.weight")) for name in names):
-        return ", this one is in the kohya/diffusers format, which is not read yet"
-    if any(name.startswith(("text_encoder:", "unet:")) for name in names):
-        return ", this one is in the early Stable Diffusion format (cloneofsimo), which is not read"
-    if any(name.endswith((".lora_A", ".lora_B")) for name in names):
-        return ", this one is a loralib state dict, which is not read yet"
-    return ""
+def _called(names: set[str]) -> str:
+    found = foreign_format(names)
+    return f", this one is {CALLED[found]}; `lorapack convert` makes a PEFT adapter of it" if found else ""
