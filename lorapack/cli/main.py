@@ -17,6 +17,8 @@ from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
 from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
+from lorapack.cli.pull import pull
+from lorapack.cli.push import push
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
 from lorapack.errors import GateError, InputError
@@ -31,7 +33,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, push, pull):
     cli.add_command(command)
 
 

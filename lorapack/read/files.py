@@ -1,5 +1,6 @@
 """Read files that may be damaged or hostile: every failure is one clear line, nothing is executed."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-REPORT = "report.json"
+REPORT, CARD = "report.json", "README.md"
 
 LARGEST_JSON = 10_000_000  # bytes; a real adapter_config.json has two thousand
 LFS = b"version https://git-lfs"
@@ -58,6 +59,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of an adapter's configuration and tensors, in hexadecimal, by the name of each file that is there."""
+    found = {}
+    for name in (CONFIG, SAFETENSORS, BIN):
+        if (directory / name).is_file():
+            with open(directory / name, "rb") as file:
+                state = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    state.update(block)
+            found[name] = state.hexdigest()
+    return found
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:

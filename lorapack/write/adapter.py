@@ -1,6 +1,7 @@
 """Write an adapter to a new directory, and prove that it can be read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,11 +12,10 @@ from lorapack.core.adapter import Adapter
 from lorapack.core.report import Report, to_json
 from lorapack.errors import OutputError
 from lorapack.read.adapter import CONFIG, REPORT, SAFETENSORS, read_adapter
+from lorapack.read.files import CARD, file_digests
 from lorapack.write.card import card
 from lorapack.write.directory import new_directory
 from lorapack.write.form import compact_form, peft_form
-
-CARD = "README.md"
 
 
 def write_adapter(
@@ -48,8 +48,9 @@ def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = No
         raise OutputError(f"{path.name} cannot be written: {error}") from None
     path.chmod((directory / CONFIG).stat().st_mode)  # the library makes it readable to its owner alone
     if report is not None:
+        report = replace(report, files=file_digests(directory))
         (directory / REPORT).write_text(to_json(report))
-        (directory / CARD).write_text(card(adapter, report))
+        (directory / CARD).write_text(card(adapter, report, expanded=expand))
     _compare(adapter, read_adapter(directory), directory)
 
 
