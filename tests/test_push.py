@@ -4,8 +4,10 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -188,7 +190,7 @@ def test_every_command_takes_the_hub_id_of_what_was_pushed(hub, command, smaller
 def test_the_same_again_makes_no_second_commit(hub, command, smaller):
     done(command("push", smaller, "somebody/again"))
     head = hub.repositories["somebody/again"].at("main")
-    assert "has all of it already" in done(command("push", smaller, "somebody/again"))
+    assert "has all of it" in done(command("push", smaller, "somebody/again"))
     assert hub.repositories["somebody/again"].at("main") is head
 
 
@@ -601,6 +603,34 @@ def test_what_was_uploaded_is_not_uploaded_again(hub, command, smaller):
     assert "token" in refused(command("push", smaller, repo)) and len(hub.repositories[repo].history()) == 1
     done(command("push", smaller, repo))
     assert sum(entry.method == "PUT" for entry in hub.log) == 1
+
+
+@pytest.mark.skipif(
+    shutil.which("olah-cli") is None, reason="the mirror server olah is not installed (pip install olah)"
+)
+def test_it_is_read_through_a_mirror_that_others_wrote(hub, command, smaller, tmp_path):
+    done(command("push", smaller, "somebody/mirrored"))
+    place, port = hub.endpoint.partition("://")[2], free_port()
+    upstream = ["--hf-scheme", "http", "--hf-netloc", place, "--hf-lfs-netloc", place]
+    where = ["--host", "localhost", "--port", str(port), "--repos-path", "repos", "--log-path", "logs"]
+    with open(tmp_path / "log", "w") as log:
+        mirror = subprocess.Popen(["olah-cli", *where, *upstream], cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        for _ in range(300):
+            if "Uvicorn running" in (tmp_path / "log").read_text():
+                break
+            time.sleep(0.1)
+        environment = {**hub.environment(tmp_path / "hf"), "HF_ENDPOINT": f"http://localhost:{port}"}
+        done(run("pull", "somebody/mirrored", "-o", tmp_path / "back", **environment))
+    finally:
+        mirror.terminate()
+        mirror.wait(30)
+    assert content(tmp_path / "back") == {n: t for n, t in files(hub, "somebody/mirrored").items() if n in OURS}
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_push_needs_no_model_library(hub, smaller, tmp_path):

@@ -61,7 +61,7 @@ def push(directory: str, repo: str, form: str, base: str | None, dry_run: bool, 
     elif done.changed:
         click.echo(f"Pushed to {repo}, commit {done.commit}: {done.url}")
     else:
-        click.echo(f"{repo} has all of it already, commit {done.commit}")
+        click.echo(f"{repo} has all of it, commit {done.commit}: {done.url}")
 
 
 def print_shipment(shipment: "Shipment", repo: str, as_json: bool) -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 
 from lorapack.errors import InputError
 
+# Each begins with the text that gives it away, and looks back from there: so a large file is searched quickly.
 SECRETS = {
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
-    "a Hugging Face OAuth token": rb"\bhf_(?:oauth|app)_[\w.-]{20,}",
-    "a GitHub token": rb"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_\w{50,})",
-    "a GitLab token": rb"\bglpat-[\w-]{20,}",
-    "an AWS access key": rb"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google API key": rb"\bAIza[\w-]{35}",
-    "a Slack token": rb"\bxox[abeoprs]-[\w-]{10,}",
-    "an OpenAI or Anthropic key": rb"\bsk-(?:ant-|proj-)?[\w-]{32,}",
+    "a Hugging Face token": rb"hf_(?<!\whf_)(?:[A-Za-z0-9]{30,}|(?:oauth|app)_[\w.-]{20,})",
+    "a GitHub token": rb"gh(?<!\wgh)(?:[pousr]_[A-Za-z0-9]{36})|github_pat_\w{50,}",
+    "a GitLab token": rb"glpat-[\w-]{20,}",
+    "an AWS access key": rb"A(?<!\wA)(?:KIA|SIA)[A-Z0-9]{16}\b",
+    "a Google API key": rb"AIza(?<!\wAIza)[\w-]{35}",
+    "a Slack token": rb"xox[abeoprs]-[\w-]{10,}",
+    "an OpenAI or Anthropic key": rb"sk-(?<![\w-]sk-)[\w-]{32,}",
     "a Weights & Biases key": rb"WANDB_API_KEY\W{1,5}\w{40}",
-    "a JSON web token": rb"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
+    "a JSON web token": rb"eyJ(?<!\weyJ)[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
     "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in a URL": rb"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]+:[^\s/@\"'<>]{3,}@",
+    "a password in a URL": rb"://(?<=[a-z]://)[^\s/:@\"'<>]+:[^\s/@\"'<>]{3,}@",
 }
 PATHS = (
     rb"(?<![\w./:~-])/(?:home|Users|root|mnt|tmp|var|data|workspace|scratch|srv|opt|media|content|kaggle|private|work|gpfs|lustre)"

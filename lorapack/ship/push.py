@@ -8,9 +8,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from lorapack import __version__
 from lorapack.errors import InputError, OutputError
 from lorapack.hub import is_hub_id
-from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS
+from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS, read_text
 from lorapack.ship.cards import Prose, merged, parts
 from lorapack.ship.leaks import refuse_leak, refuse_leaks
 from lorapack.ship.parcel import Format, Item, Parcel, item, packed
@@ -127,13 +128,13 @@ def push_adapter(
         target: where to, and how.
         form: as it is, or expanded to plain PEFT LoRA.
         base: the Hub id of the base model, instead of what the adapter says.
-        api: the Hub's client; by default as its environment variables say (HF_ENDPOINT, HF_TOKEN).
+        api: the Hub's client, by default `client`.
         wait: seconds before the second try, see `lorapack.ship.retry.persist`.
 
     Raises:
         InputError: the directory is not fit to be pushed, or the Hub does not take it.
     """
-    api = api or HfApi()
+    api = api or client()
     with packed(directory, target.repo, form, base) as parcel:
         refuse_leaks(parcel.directory, get_token())
         return persist(lambda: _attempt(api, target, parcel), target.repo, wait)
@@ -152,10 +153,15 @@ def plan_push(
 
     See `push_adapter` for the arguments and what it raises.
     """
-    api = api or HfApi()
+    api = api or client()
     with packed(directory, target.repo, form, base) as parcel:
         refuse_leaks(parcel.directory, get_token())
         return load(parcel, target, persist(lambda: look(api, target), target.repo, wait))
+
+
+def client() -> HfApi:
+    """The Hub's own, as its environment variables say (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE)."""
+    return HfApi(library_name="lorapack", library_version=__version__)
 
 
 def look(api: HfApi, target: Target) -> Remote:
@@ -171,7 +177,7 @@ def look(api: HfApi, target: Target) -> Remote:
     files = _tree(api, target.repo, info.sha)
     card = ""
     if CARD in files:
-        card = Path(api.hf_hub_download(target.repo, CARD, revision=info.sha)).read_text()
+        card = read_text(Path(api.hf_hub_download(target.repo, CARD, revision=info.sha)))
     return Remote(info.sha, branch, info.private, files, card)
 
 
@@ -254,6 +260,5 @@ def _tree(api: HfApi, repo: str, revision: str) -> dict[str, tuple[int, str]]:
 
 def _arrived(shipment: Shipment, files: Mapping[str, tuple[int, str]]) -> bool:
     """Whether these files are the whole shipment, and no old file of ours is beside them."""
-    return all(sent.is_at(files.get(name)) for name, sent in shipment.files.items()) and not any(
-        name in files for name in OWN if name not in shipment.files
-    )
+    stale = [name for name in OWN if name in files and name not in shipment.files]
+    return not stale and all(sent.is_at(files.get(name)) for name, sent in shipment.files.items())

@@ -87,9 +87,14 @@ def _refusal(error: Exception, repo: str) -> str | None:
 
 def _passing(error: Exception) -> bool:
     """A connection that broke, a Hub that is busy, or an answer that was cut off."""
-    return isinstance(error, HTTP_ERROR | ConnectionError | json.JSONDecodeError | LocalEntryNotFoundError) or (
-        isinstance(error, OSError) and str(error).startswith("Consistency check failed")  # a download cut short
-    )
+    return isinstance(
+        error,
+        HTTP_ERROR
+        | ConnectionError
+        | json.JSONDecodeError
+        | LocalEntryNotFoundError
+        | RuntimeError,  # of hf_xet, the storage's own client
+    ) or (isinstance(error, OSError) and str(error).startswith("Consistency check failed"))  # a download cut short
 
 
 def _asked_for(error: Exception) -> float:

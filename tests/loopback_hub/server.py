@@ -163,6 +163,13 @@ class LoopbackHub:
         siblings = [{"rfilename": path} for path in sorted(head.files)]
         return Answer({"id": repo, "modelId": repo, "sha": head.oid, "private": found.private, "siblings": siblings})
 
+    def paths_info(self, request, repo, revision):
+        """As `tree`, for the paths asked for, in JSON or as a form; a mirror asks so."""
+        form = request.headers.get("Content-Type", "").startswith("application/x-www-form-urlencoded")
+        asked = parse_qs(request.body.decode()) if form else request.json()
+        found = json.loads(self.tree(request, repo, revision).body)
+        return Answer([entry for entry in found if entry["path"] in asked["paths"]])
+
     def tree(self, _request, repo, revision):
         return Answer(
             [
@@ -231,7 +238,8 @@ ROUTES = [
         ("POST", f"/api/models/{REPO}/branch/{REVISION}", LoopbackHub.branch),
         ("GET", f"/api/models/{REPO}", LoopbackHub.info),
         ("GET", f"/api/models/{REPO}/revision/{REVISION}", LoopbackHub.info),
-        ("GET", f"/api/models/{REPO}/tree/{REVISION}", LoopbackHub.tree),
+        ("GET", f"/api/models/{REPO}/tree/{REVISION}/?", LoopbackHub.tree),
+        ("POST", f"/api/models/{REPO}/paths-info/{REVISION}", LoopbackHub.paths_info),
         ("GET", f"/api/models/{REPO}/refs", LoopbackHub.references),
         ("GET", f"/api/models/{REPO}/discussions", LoopbackHub.discussions),
         ("GET", f"/{REPO}/resolve/{REVISION}/(?P<path>.+)", LoopbackHub.resolve),
