@@ -141,7 +141,11 @@ class LoopbackHub:
     def commit(self, request, repo, revision):
         found = self.repository(repo)
         if request.fault is Fault.RIVAL:
-            found.put(revision, {f"rival-{len(found.history())}.txt": Blob(b"mine", False)}, "a rival's commit")
+            theirs = {
+                f"rival-{len(found.history())}.txt": Blob(b"mine", False),
+                "adapter_model.bin": Blob(b"mine", True),
+            }
+            found.put(revision, theirs, "a rival's commit")
         lines = [json.loads(line) for line in request.body.splitlines()]
         create_pr = request.query.get("create_pr") == ["1"]
         made, ref = found.commit(revision, lines, create_pr)
