@@ -624,6 +624,17 @@ def test_under_200_faults_a_push_is_whole_or_nothing_and_never_twice(hub, comman
         assert len(ours) == 1 and len(found.proposals) == create_pr, f"{repo} was pushed to more than once"
 
 
+def test_what_somebody_commits_meanwhile_is_looked_at_again(hub, command, smaller):
+    """The rival's commit holds an old file of ours, which was not there when the push began."""
+    repo = "somebody/contested"
+    hub.create(repo)
+    hub.faults = Faults(seed=0, rate=1, most=1, kinds=(Fault.RIVAL,), of=("commit",))
+    done(command("push", smaller, repo))
+    found = [commit.message for commit in hub.repositories[repo].history()]
+    assert found == ["Push with lorapack", "a rival's commit", "initial"]
+    assert files(hub, repo).keys() == OURS | {".gitattributes", "rival-1.txt"}
+
+
 def test_what_was_uploaded_is_not_uploaded_again(hub, command, smaller):
     """The token expires before the commit; the next run finds the object there."""
     repo = "somebody/resumed"

@@ -57,6 +57,7 @@ class Faults:
         generator = random.Random(f"{self.seed} {repo} {request} {time}")
         special = [kind for kind in self.kinds if kind in OF_COMMITS and request == "commit"]
         usual = [kind for kind in self.kinds if kind not in OF_COMMITS]
-        kinds = special if special and generator.random() < 0.5 else usual  # commits are few, their own faults not
+        more = special and (not usual or generator.random() < 0.5)  # commits are few, their own faults shall not be
+        kinds = special if more else usual
         may = kinds and time <= self.most and (not self.of or request in self.of)
         return generator.choice(kinds) if may and generator.random() < self.rate else None
