@@ -124,13 +124,18 @@ def pull_adapter(repo: str, out: str | Path, revision: str | None = None, *, ove
     Raises:
         InputError: it is not within reach, damaged, or no adapter.
     """
+    from huggingface_hub import HfApi
+
     from lorapack.read.adapter import read_adapter as read_directory
+    from lorapack.ship.retry import persist
     from lorapack.write import new_directory
 
     if Path(repo).exists() or not _ID.match(repo):
         raise InputError(f"{repo!r} is no Hub id; write owner/name")
     with new_directory(out, overwrite=overwrite) as directory:
-        source = find_adapter(repo, revision)
+        # by its commit: for a branch the client gives out an older one from its cache when the Hub is busy
+        head = persist(lambda: HfApi().repo_info(repo, revision=revision).sha, repo)
+        source = find_adapter(repo, head)
         for name in (CONFIG, SAFETENSORS, BIN, REPORT, CARD):
             if (source / name).exists():
                 shutil.copyfile(source / name, directory / name)

@@ -261,6 +261,17 @@ def test_other_files_of_the_directory_are_not_sent_and_said(hub, command, direct
     assert "notes.txt" not in files(hub, "somebody/notes")
 
 
+def test_a_busy_hub_does_not_make_pull_give_out_an_older_version(hub, command, smaller, tmp_path):
+    repo = "somebody/newer"
+    done(command("push", smaller, repo, "--format", "peft"))
+    done(command("pull", repo, "-o", tmp_path / "first"))
+    done(command("push", smaller, repo))
+    hub.faults = Faults(seed=0, rate=1, most=1, kinds=(Fault.DOWN,), of=("info",))
+    done(command("pull", repo, "-o", tmp_path / "second"))
+    assert content(tmp_path / "second")["report.json"] == (smaller / "report.json").read_bytes()
+    assert content(tmp_path / "first") != content(tmp_path / "second")
+
+
 def test_damage_on_the_hub_is_noticed_when_it_is_read(hub, command, smaller, tmp_path):
     done(command("push", smaller, "somebody/damaged"))
     found = hub.repositories["somebody/damaged"]
