@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorapack import __version__
+from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
@@ -21,6 +22,7 @@ from lorapack.cli.pull import pull
 from lorapack.cli.push import push
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
+from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
@@ -33,7 +35,23 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, push, pull):
+for command in (
+    compress,
+    inspect,
+    measure,
+    plan,
+    methods,
+    recover,
+    sweep,
+    evaluate,
+    diff,
+    expand,
+    compact,
+    merge,
+    verify,
+    push,
+    pull,
+):
     cli.add_command(command)
 
 

@@ -1,12 +1,15 @@
 """Write an adapter to a new directory, and prove that it can be read back."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.report import Report, to_json
@@ -16,6 +19,8 @@ from lorapack.read.files import CARD, file_digests
 from lorapack.write.card import card
 from lorapack.write.directory import new_directory
 from lorapack.write.form import compact_form, peft_form
+
+DIFFERS = "what was written to {} reads back differently; nothing was kept. Check the disk"
 
 
 def write_adapter(
@@ -39,7 +44,20 @@ def write_adapter(
 
 def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = None, expand: bool = False) -> None:
     """`write_adapter` into a directory that is there, inside a `new_directory` block."""
-    config, tensors = peft_form(adapter) if expand else compact_form(adapter)
+    put_files(directory, *(peft_form(adapter) if expand else compact_form(adapter)))
+    if report is not None:
+        report = replace(report, files=file_digests(directory))
+        (directory / REPORT).write_text(to_json(report))
+        (directory / CARD).write_text(card(adapter, report, expanded=expand))
+    _compare(adapter, read_adapter(directory), directory)
+
+
+def put_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The two files of a checkpoint, into a directory that is there.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     path = directory / SAFETENSORS
     try:
@@ -47,11 +65,6 @@ def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = No
     except SafetensorError as error:  # the library wraps the operating system's error in text
         raise OutputError(f"{path.name} cannot be written: {error}") from None
     path.chmod((directory / CONFIG).stat().st_mode)  # the library makes it readable to its owner alone
-    if report is not None:
-        report = replace(report, files=file_digests(directory))
-        (directory / REPORT).write_text(to_json(report))
-        (directory / CARD).write_text(card(adapter, report, expanded=expand))
-    _compare(adapter, read_adapter(directory), directory)
 
 
 def _compare(written: Adapter, found: Adapter, directory: Path) -> None:
@@ -68,4 +81,4 @@ def _compare(written: Adapter, found: Adapter, directory: Path) -> None:
         )
     )
     if not same:
-        raise OutputError(f"what was written to {directory} reads back differently; nothing was kept. Check the disk")
+        raise OutputError(DIFFERS.format(directory))
