@@ -552,7 +552,7 @@ def work(job):
     repo, form, create_pr = job
     try:
         api = HfApi(headers={"X-Repository": repo})
-        done = push_adapter(directory, Target(repo, create_pr=create_pr), form=form, api=api, wait=0.01)
+        done = push_adapter(directory, Target(repo, form, create_pr=create_pr), api=api, wait=0.01)
     except InputError as error:
         return [repo, None, str(error), None]
     try:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 )
 @click.option("--dry-run", is_flag=True, help="Show exactly what would be sent; nothing is written anywhere.")
 @options.JSON
-def push(directory: str, repo: str, form: str, base: str | None, dry_run: bool, as_json: bool, **settings: Any) -> None:
+def push(directory: str, repo: str, dry_run: bool, as_json: bool, **settings: Any) -> None:
     """Send DIR, which compress or recover wrote, to REPO_ID on the Hub.
 
     One commit, which is there whole or not at all; what the Hub then has is compared before it is called
@@ -52,10 +52,9 @@ def push(directory: str, repo: str, form: str, base: str | None, dry_run: bool, 
 
     target = Target(repo, **settings)
     if dry_run:
-        shipment = plan_push(directory, target, form=form, base=base)  # type: ignore[arg-type]
-        print_shipment(shipment, repo, as_json)
+        print_shipment(plan_push(directory, target), repo, as_json)
         return
-    done = push_adapter(directory, target, form=form, base=base)  # type: ignore[arg-type]
+    done = push_adapter(directory, target)
     if as_json:
         click.echo(json.dumps(asdict(done), indent=1))
     elif done.changed:

@@ -27,6 +27,8 @@ class Target:
 
     Attributes:
         repo: ``owner/name``.
+        form: as it is, or expanded to plain PEFT LoRA.
+        base: the Hub id of the base model, instead of what the adapter says.
         private: make it private, where it is made.
         revision: a branch, made where it is not there; None for the default one.
         create_pr: as a pull request to the default branch.
@@ -36,6 +38,8 @@ class Target:
     """
 
     repo: str
+    form: Format = "compact"
+    base: str | None = None
     private: bool = False
     revision: str | None = None
     create_pr: bool = False
@@ -113,8 +117,6 @@ def push_adapter(
     directory: str | Path,
     target: Target,
     *,
-    form: Format = "compact",
-    base: str | None = None,
     api: HfApi | None = None,
     wait: float = 1.0,
 ) -> Pushed:
@@ -126,8 +128,6 @@ def push_adapter(
     Args:
         directory: what `lorapack compress` or `lorapack recover` wrote.
         target: where to, and how.
-        form: as it is, or expanded to plain PEFT LoRA.
-        base: the Hub id of the base model, instead of what the adapter says.
         api: the Hub's client, by default `client`.
         wait: seconds before the second try, see `lorapack.ship.retry.persist`.
 
@@ -135,28 +135,19 @@ def push_adapter(
         InputError: the directory is not fit to be pushed, or the Hub does not take it.
     """
     api = api or client()
-    with packed(directory, target.repo, form, base) as parcel:
+    with packed(directory, target.repo, target.form, target.base) as parcel:
         refuse_leaks(parcel.directory, get_token())
         return persist(lambda: _attempt(api, target, parcel), target.repo, wait)
 
 
-def plan_push(
-    directory: str | Path,
-    target: Target,
-    *,
-    form: Format = "compact",
-    base: str | None = None,
-    api: HfApi | None = None,
-    wait: float = 1.0,
-) -> Shipment:
+def plan_push(directory: str | Path, target: Target) -> Shipment:
     """What `push_adapter` would send; only requests that read are sent.
 
     See `push_adapter` for the arguments and what it raises.
     """
-    api = api or client()
-    with packed(directory, target.repo, form, base) as parcel:
+    with packed(directory, target.repo, target.form, target.base) as parcel:
         refuse_leaks(parcel.directory, get_token())
-        return load(parcel, target, persist(lambda: look(api, target), target.repo, wait))
+        return load(parcel, target, persist(lambda: look(client(), target), target.repo))
 
 
 def client() -> HfApi:
