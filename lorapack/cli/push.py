@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 @click.option(
     "--prose",
     type=click.Choice(["hub", "dir"]),
-    help="Whose text around lorapack's part of the card stays, where both have some.",
+    help="Whose text around lorapack's part of the card stays, the directory's or the Hub's, where both have some.",
 )
 @click.option("--dry-run", is_flag=True, help="Show exactly what would be sent; nothing is written anywhere.")
 @options.JSON
 def push(directory: str, repo: str, dry_run: bool, as_json: bool, **settings: Any) -> None:
-    """Send DIR, which compress or recover wrote, to REPO_ID on the Hub.
+    """Send the directory DIR, which compress or recover wrote, to REPO_ID on the Hub.
 
     One commit, which is there whole or not at all; what the Hub then has is compared before it is called
     done. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are respected.

@@ -26,7 +26,7 @@ PATHS = (
     rb"|(?<![\w/.])~/[\w.-]"
     rb"|(?<!\w)[A-Za-z]:\\{1,2}\w"
 )
-TEXTS = (".json", ".md", ".html", ".txt")
+TEXTS = (".json", ".md")
 
 
 def refuse_leaks(directory: Path, token: str | None = None) -> None:
