@@ -617,7 +617,7 @@ def test_under_200_faults_a_push_is_whole_or_nothing_and_never_twice(hub, comman
                     assert content(place) == {n: t for n, t in files(hub, repo, commit).items() if n in OURS}
 
     hub.log.clear()
-    hub.faults = Faults(seed=7, rate=0.55, most=3, kinds=(*PASSING, *PASSING, Fault.EXPIRED))
+    hub.faults = Faults(seed=7, rate=0.55, most=3, kinds=(*PASSING * 6, Fault.EXPIRED))
     first = push_all(hub, smaller, tmp_path, jobs)
     injected = [entry.fault for entry in hub.log if entry.fault]
     check(first)
@@ -625,7 +625,7 @@ def test_under_200_faults_a_push_is_whole_or_nothing_and_never_twice(hub, comman
     second = push_all(hub, smaller, tmp_path, jobs)
     check(second)
     assert len(injected) >= 200 and set(injected) == set(Fault), len(injected)
-    assert sum(failed is None for _, _, failed, _ in first) >= 6, "most faults should be survived"
+    assert 12 <= sum(failed is None for _, _, failed, _ in first) < len(jobs), "some get through, some give up"
     assert all(failed is unread is None for _, _, failed, unread in second), (
         "a push that was broken off can be run again"
     )
