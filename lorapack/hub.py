@@ -1,11 +1,12 @@
 """Adapters by path or by Hub id."""
 
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorapack.errors import InputError
-from lorapack.read.files import BIN, CONFIG, REPORT, SAFETENSORS
+from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS, file_digests, read_json
 
 if TYPE_CHECKING:
     from lorapack.core.adapter import Adapter
@@ -15,6 +16,16 @@ WEIGHTS, BIN_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
 _ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
 _MODEL = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?$")  # also without an owner, such as gpt2
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form of a model's id on the Hub."""
+    return bool(_MODEL.match(name))
+
+
+def adapter_name(source: str) -> str:
+    """What a report calls an adapter: a directory's name, or the Hub id."""
+    return Path(source).name if Path(source).exists() else source
 
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path:
@@ -34,7 +45,9 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise InputError(f"--revision is for adapters on the Hub; {source} is a path")
         return path
-    return _snapshot(str(source), revision, [CONFIG, SAFETENSORS, BIN, REPORT])
+    found = _snapshot(str(source), revision, [CONFIG, SAFETENSORS, BIN, REPORT, CARD])
+    _check_files(found, str(source))
+    return found
 
 
 def find_base(source: str | Path, revision: str | None = None) -> Path:
@@ -50,7 +63,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not _MODEL.match(str(source)):
+    if not is_hub_id(str(source)):
         raise InputError(f"the base model {source} does not exist; name it with --base")
     found = _snapshot(str(source), revision, [WEIGHTS, "model.safetensors.index.json", *TEXTS])
     if not any(found.glob(WEIGHTS)):
@@ -76,16 +89,75 @@ def find_base_config(source: str | Path, revision: str | None = None) -> Path:
 
 def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    from lorapack.ship.retry import persist
+
+    def download() -> str:
+        try:
+            return snapshot_download(source, revision=revision, allow_patterns=patterns)
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, OfflineModeIsEnabled):
+                raise InputError(
+                    f"{source} is no directory, and not in the Hub cache while the Hub is out of reach"
+                ) from None
+            raise
 
     try:
-        found = snapshot_download(source, revision=revision, allow_patterns=patterns)
-    except LocalEntryNotFoundError:
-        raise InputError(f"{source} is no directory, and not in the Hub cache while the Hub is out of reach") from None
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        return Path(persist(download, source, tries=3))
+    except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{source} is no directory, and the Hub does not give it out ({reason[:160]})") from None
-    return Path(found)
+
+
+def _check_files(directory: Path, source: str) -> None:
+    """Compare the files that came with the digests in lorapack's report, where there is one."""
+    if not (directory / REPORT).exists():
+        return
+    report = read_json(directory / REPORT)
+    wanted, found = report.get("files"), file_digests(directory)
+    if "lorapack" not in report or not isinstance(wanted, dict):
+        return
+    for name, sha in wanted.items():
+        if found.get(name) != sha:
+            raise InputError(
+                f"{source}: {name} is not the file that {REPORT} was written with: damaged, or changed by hand"
+            )
+
+
+def pull_adapter(repo: str, out: str | Path, revision: str | None = None, *, overwrite: bool = False) -> list[str]:
+    """Copy an adapter from the Hub into a new directory, compared with its report and read.
+
+    Args:
+        repo: ``owner/name``.
+        out: the directory to make.
+        revision: branch, tag or commit.
+        overwrite: replace an existing directory.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: it is not within reach, damaged, or no adapter.
+    """
+    from huggingface_hub import HfApi
+
+    from lorapack.read.adapter import read_adapter as read_directory
+    from lorapack.ship.retry import persist
+    from lorapack.write import new_directory
+
+    if Path(repo).exists() or not _ID.match(repo):
+        raise InputError(f"{repo!r} is no Hub id; write owner/name")
+    with new_directory(out, overwrite=overwrite) as directory:
+        # by its commit: for a branch the client gives out an older one from its cache when the Hub is busy
+        head = persist(lambda: HfApi().repo_info(repo, revision=revision).sha, repo)
+        source = find_adapter(repo, head)
+        for name in (CONFIG, SAFETENSORS, BIN, REPORT, CARD):
+            if (source / name).exists():
+                shutil.copyfile(source / name, directory / name)
+        _check_files(directory, repo)
+        read_directory(directory)
+        return sorted(path.name for path in directory.iterdir())
 
 
 def read_adapter(source: str | Path, revision: str | None = None) -> "Adapter":

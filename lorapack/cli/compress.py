@@ -71,8 +71,8 @@ def compress(
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
-    from lorapack.core.report import to_json
-    from lorapack.hub import find_adapter, read_adapter
+    from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.read.files import REPORT
     from lorapack.ship.gates import judge
     from lorapack.write import new_directory, put_adapter
 
@@ -83,7 +83,7 @@ def compress(
         made = compress_adapter(
             source,
             data,
-            name=Path(adapter).name,
+            name=adapter_name(adapter),
             plan=read_plan(plan_file) if plan_file else None,
             statistics=read_statistics(statistics_file) if statistics_file else None,
             options=method_options,
@@ -94,7 +94,7 @@ def compress(
         report = replace(made.report, gates=judge(gates, made.report.after, made.report.quality))
         put_adapter(made.adapter, directory, report=report)
     if as_json:
-        click.echo(to_json(report), nl=False)
+        click.echo(Path(out, REPORT).read_text(), nl=False)
     else:
         from lorapack.cli.show import print_report
 

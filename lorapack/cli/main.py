@@ -20,6 +20,8 @@ from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
 from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
+from lorapack.cli.pull import pull
+from lorapack.cli.push import push
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
@@ -51,6 +53,8 @@ for command in (
     verify,
     convert,
     extract,
+    push,
+    pull,
 ):
     cli.add_command(command)
 

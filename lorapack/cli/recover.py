@@ -46,8 +46,8 @@ def recover(
     from lorapack.cli.files import read_report
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
-    from lorapack.core.report import to_json
-    from lorapack.hub import find_adapter, read_adapter
+    from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.read.files import REPORT
     from lorapack.recover import Settings
     from lorapack.recovery import recover_adapter
     from lorapack.write import new_directory, put_adapter
@@ -63,14 +63,14 @@ def recover(
             teacher=read_adapter(teacher) if teacher else None,
             settings=how,
             used=report.used_rows() if report else (),
-            name=Path(adapter).name,
+            name=adapter_name(adapter),
             watch=watch,
             stop=on_signal,
             **settings,
         )
         put_adapter(made.adapter, directory, report=made.report)
     if as_json:
-        click.echo(to_json(made.report), nl=False)
+        click.echo(Path(out, REPORT).read_text(), nl=False)
         return
     from lorapack.cli.show import print_report
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lorapack.core.adapter import Adapter, Size
@@ -99,6 +99,7 @@ class Report:
         recovery: settings and the curve, or None.
         quality: on the evaluation rows, or None.
         gates: the limits that were asked for, and their outcome.
+        files: SHA-256 of the configuration and the tensors it was written with, by file name; filled in by the writer.
     """
 
     version: int
@@ -117,6 +118,7 @@ class Report:
     recovery: Mapping[str, Any] | None = None
     quality: Quality | None = None
     gates: tuple[GateOutcome, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def used_rows(self) -> set[str]:
         """Fingerprints of the rows that were used to compress, and may not be evaluated on."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapack.data.columns import Columns, Example, detect, examples
 from lorapack.data.encode import Encoded, encode
-from lorapack.data.rows import Row, read_rows
+from lorapack.data.rows import Row, read_rows, source_name
 from lorapack.data.split import Parts, split
 from lorapack.errors import InputError
 
@@ -141,7 +141,7 @@ def usable_rows(
     usable = examples(rows, found)
     if not usable:
         raise InputError(f"{data}: none of its {len(rows)} rows is usable with the columns {found}")
-    return usable, found, {"source": str(data), "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
+    return usable, found, {"source": source_name(data), "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
 
 
 def check_labels(reader: Reader, rows: Sequence[Encoded], data: str) -> None:

@@ -41,6 +41,12 @@ def read_rows(source: str | Path) -> list[Row]:
     return rows
 
 
+def source_name(source: str) -> str:
+    """What a report calls a source: a file's or directory's name without the way to it, a dataset as it was given."""
+    place, colon, rest = source.partition(":")
+    return f"{Path(place).name}{colon}{rest}" if Path(place).exists() else source
+
+
 def _jsonl(path: Path) -> list[Row]:
     rows = []
     with open(path, encoding="utf-8-sig") as file:

@@ -1,5 +1,6 @@
 """Read files that may be damaged or hostile: every failure is one clear line, nothing is executed."""
 
+import hashlib
 import json
 import struct
 import zipfile
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-REPORT = "report.json"
+REPORT, CARD = "report.json", "README.md"
 
 # bytes of a JSON file, or of a safetensors header (some 60,000 tensors); parsed, it takes up to 27 times as much
 LARGEST_JSON = 6_000_000
@@ -60,6 +61,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of an adapter's configuration and tensors, in hexadecimal, by the name of each file that is there."""
+    found = {}
+    for name in (CONFIG, SAFETENSORS, BIN):
+        if (directory / name).is_file():
+            with open(directory / name, "rb") as file:
+                state = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    state.update(block)
+            found[name] = state.hexdigest()
+    return found
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:

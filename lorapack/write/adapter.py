@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from lorapack.core.adapter import Adapter
 from lorapack.core.report import Report, to_json
 from lorapack.errors import OutputError
 from lorapack.read.adapter import CONFIG, REPORT, SAFETENSORS, read_adapter
+from lorapack.read.files import CARD, file_digests
 from lorapack.write.card import card
 from lorapack.write.directory import new_directory
 from lorapack.write.form import compact_form, peft_form
 
-CARD = "README.md"
 DIFFERS = "what was written to {} reads back differently; nothing was kept. Check the disk"
 
 
@@ -45,8 +46,9 @@ def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = No
     """`write_adapter` into a directory that is there, inside a `new_directory` block."""
     put_files(directory, *(peft_form(adapter) if expand else compact_form(adapter)))
     if report is not None:
+        report = replace(report, files=file_digests(directory))
         (directory / REPORT).write_text(to_json(report))
-        (directory / CARD).write_text(card(adapter, report))
+        (directory / CARD).write_text(card(adapter, report, expanded=expand))
     _compare(adapter, read_adapter(directory), directory)
 
 
