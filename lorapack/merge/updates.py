@@ -5,6 +5,7 @@ as long as the merge. Anything else, and anything that looks odd, goes to `lorap
 reads every format and says what is wrong with a damaged one.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from lorapack.core.adapter import Adapter, Kind
 
 
+MERGED_ONLY = ("use_dora",)  # what is not compressed and yet merged
+MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?P<part>lora_magnitude_vector)(?:\.weight)?$")
+
+
 @dataclass(frozen=True, eq=False)
 class Update:
     """One module's ``scale * B @ A``.
@@ -35,6 +40,7 @@ class Update:
         scale: the factor of the product.
         read: A of shape (r, d_in) and B of shape (d_out, r), float32 (float64 if stored so); the kernel of a
             convolution is flattened into d_in.
+        magnitude: DoRA's, (d_out,); an embedding's is (width,). None without DoRA.
     """
 
     kind: "Kind"
@@ -42,6 +48,7 @@ class Update:
     b: tuple[int, ...]
     scale: float
     read: Callable[[], tuple[Array, Array]]
+    magnitude: Callable[[], Array] | None = None
 
     @property
     def weight(self) -> tuple[int, ...]:
@@ -136,7 +143,7 @@ def _plain(directory: Path) -> Updates | None:
     if not ((directory / CONFIG).is_file() and (directory / SAFETENSORS).is_file()):
         return None
     config = read_json(directory / CONFIG)
-    settings = check_config(config, str(directory / CONFIG))
+    settings = check_config(config, str(directory / CONFIG), MERGED_ONLY)
     if config["peft_type"] != "LORA":
         return None
     try:
@@ -146,7 +153,7 @@ def _plain(directory: Path) -> Updates | None:
     pairs: dict[str, dict[str, str]] = {}
     carried = {}
     for name, entry in shard.entries.items():
-        match = LORA.match(name)
+        match = LORA.match(name) or MAGNITUDE.match(name)
         if entry.dtype not in FLOATS or not name.startswith(PREFIX):
             return None
         if match:
@@ -155,6 +162,8 @@ def _plain(directory: Path) -> Updates | None:
             return None
         else:
             carried[_base_name(name)] = _lazy(shard, entry)
+    if any(("lora_magnitude_vector" in parts) != bool(config.get("use_dora")) for parts in pairs.values()):
+        return None
     modules = {name: _update(shard, name, parts, settings) for name, parts in pairs.items()}
     checked = {name: update for name, update in modules.items() if update is not None}
     if not checked or len(checked) != len(modules) or not all(map(_finite, carried.values())):
@@ -165,7 +174,7 @@ def _plain(directory: Path) -> Updates | None:
 def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraSettings) -> Update | None:
     """The update of a pair of factors; None where something is not as expected."""
     for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-        if parts.keys() == set(names):
+        if parts.keys() - {"lora_magnitude_vector"} == set(names):
             a, b = (shard.entries[parts[name]] for name in names)
             break
     else:
@@ -176,8 +185,19 @@ def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraS
         return None
     if settings.rank(module) != a.shape[0] or not all(map(_finite, (_lazy(shard, a), _lazy(shard, b)))):
         return None
+    magnitude = None
+    if "lora_magnitude_vector" in parts:
+        entry = shard.entries[parts["lora_magnitude_vector"]]
+        if max(entry.shape, default=0) != b.shape[0] or not _finite(_lazy(shard, entry)):
+            return None
+        magnitude = lambda: _matrix(shard, entry).reshape(-1)  # noqa: E731
     return Update(
-        kind, a.shape, b.shape, settings.scale(module, a.shape[0]), lambda: (_matrix(shard, a), _matrix(shard, b))
+        kind,
+        a.shape,
+        b.shape,
+        settings.scale(module, a.shape[0]),
+        lambda: (_matrix(shard, a), _matrix(shard, b)),
+        magnitude,
     )
 
 
@@ -195,7 +215,7 @@ def _stored(shard: Shard, entry: Entry) -> Array:
 def _matrix(shard: Shard, entry: Entry) -> Array:
     raw = _stored(shard, entry)
     values = np.empty(raw.shape, np.float64 if entry.dtype == "F64" else np.float32)
-    widen(raw, entry.dtype, values)
+    widen(raw, entry.dtype, values, np.empty(raw.shape, np.uint32))
     return values.reshape(entry.shape[0], -1)
 
 
