@@ -30,22 +30,24 @@ def widen(raw: Array, dtype: str, out: Array, spare: Array) -> None:
 
 
 def narrow(values: Array, dtype: str, out: Array, spare: Array) -> None:
-    """Floats rounded once into an array as stored; `values` is overwritten.
+    """Floats rounded once into an array as stored.
 
     Args:
         values: float32 or float64, contiguous.
         dtype: of `STORED`.
         out: the same shape.
-        spare: uint32, the same shape, overwritten.
+        spare: uint32, two arrays of the same shape, overwritten.
 
     Raises:
         FloatingPointError: a number that the type cannot hold.
     """
-    with np.errstate(over="raise"):
-        if dtype != "BF16":
+    if dtype != "BF16":
+        with np.errstate(over="raise"):
             np.copyto(out, values, casting="same_kind")
-            return
-        words = values.astype(np.float32, copy=False).view(np.uint32)
+        return
+    spare, words = spare
+    with np.errstate(over="raise"):
+        np.copyto(words.view(np.float32), values, casting="same_kind")
     if values.dtype == np.float64:
         _off_the_middle(words, values, spare)
     np.right_shift(words, 16, out=spare)

@@ -14,7 +14,7 @@ from lorapack.merge.match import Change
 from lorapack.merge.numbers import STORED, Array, accumulator, narrow, widen
 from lorapack.merge.updates import Carried
 
-BLOCK = 1 << 16  # numbers at once: a few arrays of half a megabyte, which stay in the processor's cache
+BLOCK = 1 << 15  # numbers at once: a few arrays of a quarter of a megabyte, which stay in the processor's cache
 PIECE = 1 << 20  # bytes at once through memory
 _UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
@@ -73,14 +73,14 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
     left, right = _sides(what)
     sums = partial(_sums, files, source, what.carried, target.dtype, left, right)
     factors = _magnitudes(what, sums)
-    out = spare = np.empty(0)
+    out = spare = np.empty((0, 0))
     for row, values in sums():
-        if spare.shape[0] < values.shape[0]:
-            spare, out = np.empty(values.shape, np.uint32), np.empty(values.shape, STORED[target.dtype])
+        if out.shape[0] < values.shape[0]:
+            out, spare = np.empty(values.shape, STORED[target.dtype]), np.empty((2, *values.shape), np.uint32)
         if factors is not None:
             values *= factors if factors.shape[0] == 1 else factors[row : row + len(values)]
         try:
-            narrow(values, target.dtype, out[: len(values)], spare[: len(values)])
+            narrow(values, target.dtype, out[: len(values)], spare[:, : len(values)])
         except FloatingPointError:
             raise InputError(f"{name} has numbers too large for {target.dtype}; choose another --dtype") from None
         write(files, out[: len(values)], target.start + row * values.shape[1] * out.itemsize)
