@@ -6,8 +6,8 @@ reads every format and says what is wrong with a damaged one.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorapack.core.adapter import Adapter, Kind
 
 
-MERGED_ONLY = ("use_dora",)  # what is not compressed and yet merged
+MERGED_ONLY = ("use_dora", "target_parameters")  # what is not compressed and yet merged
 MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?P<part>lora_magnitude_vector)(?:\.weight)?$")
 
 
@@ -98,6 +98,53 @@ def read_updates(directory: Path) -> Updates:
     return found
 
 
+def is_fused(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether a pair of factors belongs to bare parameters: the experts of a layer, side by side."""
+    owners = {name.rpartition(".")[0] for name in config.get("target_parameters") or ()}
+    return any(f".{module.replace('.base_layer', '')}".endswith(f".{owner}") for owner in owners)
+
+
+def weighted(found: Sequence[Updates], weights: Sequence[float]) -> Updates:
+    """The weighted sum of adapters' updates as one adapter: the factors of a module side by side, one product.
+
+    Args:
+        found: adapters of one base; with saved modules, biases or DoRA only alone and with weight 1.
+        weights: one an adapter.
+
+    Raises:
+        InputError: an adapter that no sum is defined for, or adapters that do not fit together.
+    """
+    if len(found) == 1 and weights[0] == 1:
+        return found[0]
+    for each in found:
+        whole = [*each.carried, *(m for m, update in each.modules.items() if update.magnitude is not None)]
+        if whole:
+            raise InputError(
+                f"an adapter with saved modules, biases or DoRA ({whole[0]}) cannot be weighed; merge it alone"
+            )
+    if len({each.settings.fan_in_fan_out for each in found}) > 1:
+        raise InputError("one of the adapters has fan_in_fan_out and another has not: they are not of one base")
+    members: dict[str, list[tuple[Update, float]]] = {}
+    for each, weight in zip(found, weights, strict=True):
+        for module, update in each.modules.items():
+            members.setdefault(module, []).append((update, weight))
+    return replace(found[0], modules={module: _sum(module, parts) for module, parts in members.items()})
+
+
+def _sum(module: str, parts: Sequence[tuple[Update, float]]) -> Update:
+    first = parts[0][0]
+    if len({(update.kind, update.weight) for update, _ in parts}) > 1:
+        raise InputError(f"{module} has different shapes in the adapters: they are not of one base")
+    rank = sum(update.a[0] for update, _ in parts)
+
+    def read() -> tuple[Array, Array]:
+        pairs = [(update.read(), update.scale * weight) for update, weight in parts]
+        scaled = [a.astype(np.float64) * scale for (a, _), scale in pairs]
+        return np.concatenate(scaled), np.concatenate([b for (_, b), _ in pairs], axis=1)
+
+    return Update(first.kind, (rank, *first.a[1:]), (first.b[0], rank, *first.b[2:]), 1.0, read)
+
+
 def from_adapter(adapter: "Adapter") -> Updates:
     """The updates of an adapter in memory: shared factors, cores, vectors and codes as plain pairs."""
     modules = {}
@@ -164,14 +211,14 @@ def _plain(directory: Path) -> Updates | None:
             carried[_base_name(name)] = _lazy(shard, entry)
     if any(("lora_magnitude_vector" in parts) != bool(config.get("use_dora")) for parts in pairs.values()):
         return None
-    modules = {name: _update(shard, name, parts, settings) for name, parts in pairs.items()}
+    modules = {name: _update(shard, name, parts, settings, is_fused(name, config)) for name, parts in pairs.items()}
     checked = {name: update for name, update in modules.items() if update is not None}
     if not checked or len(checked) != len(modules) or not all(map(_finite, carried.values())):
         return None
     return Updates(config, settings, checked, carried)
 
 
-def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraSettings) -> Update | None:
+def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraSettings, fused: bool) -> Update | None:
     """The update of a pair of factors; None where something is not as expected."""
     for names in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
         if parts.keys() - {"lora_magnitude_vector"} == set(names):
@@ -181,9 +228,12 @@ def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraS
         return None
     kind: Kind = "embedding" if "embedding" in names[0] else "conv" if len(a.shape) == 4 else "linear"
     dimensions = 4 if kind == "conv" else 2
+    rank = settings.r if fused else a.shape[0]
     if not len(a.shape) == len(b.shape) == dimensions or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
         return None
-    if settings.rank(module) != a.shape[0] or not all(map(_finite, (_lazy(shard, a), _lazy(shard, b)))):
+    if (a.shape[0] % rank if fused else settings.rank(module) != rank) or not all(
+        map(_finite, (_lazy(shard, a), _lazy(shard, b)))
+    ):
         return None
     magnitude = None
     if "lora_magnitude_vector" in parts:
@@ -195,7 +245,7 @@ def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraS
         kind,
         a.shape,
         b.shape,
-        settings.scale(module, a.shape[0]),
+        settings.scale(module, rank),
         lambda: (_matrix(shard, a), _matrix(shard, b)),
         magnitude,
     )
