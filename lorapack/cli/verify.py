@@ -8,8 +8,8 @@ from lorapack.cli import options
 
 
 @click.command()
-@click.argument("one", metavar="A")
-@click.argument("other", metavar="B")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
 @options.PLACE
 @click.option("--data", metavar="FILE", help=f"{options.ROWS} Without it, inputs are drawn.")
 @options.COLUMNS
@@ -21,7 +21,7 @@ from lorapack.cli import options
 )
 @options.SEED
 @options.JSON
-def verify(one: str, other: str, as_json: bool, **settings: Any) -> None:
+def verify(a: str, b: str, as_json: bool, **settings: Any) -> None:
     """Say whether A and B give the same outputs; exit code 3 if not.
 
     Each is an adapter (plain, expanded or compact; on its base) or a model directory, for example an
@@ -34,7 +34,7 @@ def verify(one: str, other: str, as_json: bool, **settings: Any) -> None:
     from lorapack.verify import demand_same
     from lorapack.verify import verify as run
 
-    found = run(find_adapter(one), find_adapter(other), **settings)
+    found = run(find_adapter(a), find_adapter(b), **settings)
     if as_json:
         click.echo(json.dumps({"same": found.same, **asdict(found)}, indent=1))
     else:
