@@ -96,7 +96,6 @@ def _sums(
         dtype: of the result.
         left, right: the matrices whose product is added; None for none.
     """
-    replaced = carried.read() if carried else None
     stored = carried.dtype if carried else source.dtype
     wide = accumulator(dtype, stored, left is not None)
     rows = left.shape[0] if left is not None else source.shape[0] if source.shape else 1
@@ -106,10 +105,10 @@ def _sums(
     values, added = np.empty((size, columns), wide), np.empty((size if left is not None else 0, columns), wide)
     for row in range(0, rows, size):
         n = min(size, rows - row)
-        if replaced is None:
+        if carried is None:
             fill(files.source, raw[:n], source.start + row * columns * raw.itemsize)
         else:
-            raw[:n] = replaced[row * columns : (row + n) * columns].reshape(n, columns)
+            raw[:n] = carried.read(row * columns, (row + n) * columns).reshape(n, columns)
         widen(raw[:n], stored, values[:n], spare[:n])
         if left is not None and right is not None:
             np.matmul(left[row : row + n], right, out=added[:n])

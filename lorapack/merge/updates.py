@@ -5,6 +5,7 @@ as long as the merge. Anything else, and anything that looks odd, goes to `lorap
 reads every format and says what is wrong with a damaged one.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorapack.core.adapter import Adapter, Kind
 
 
+CHECKED = 1 << 20  # numbers at once
 MERGED_ONLY = ("use_dora", "target_parameters")  # what is not compressed and yet merged
 MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?P<part>lora_magnitude_vector)(?:\.weight)?$")
 
@@ -60,11 +62,17 @@ class Update:
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """A tensor that takes the place of one of the base's: its type (`STORED`), shape, and the stored numbers."""
+    """A tensor that takes the place of one of the base's.
+
+    Attributes:
+        dtype: its type (`STORED`).
+        shape: its shape.
+        read: the stored numbers from one position to another.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], Array]
+    read: Callable[[int, int], Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,10 +182,10 @@ def _carried(tensor: "Tensor") -> Carried:
 
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     if tensor.dtype not in names:
-        return Carried(str(tensor.dtype), tuple(tensor.shape), lambda: np.empty(0))
+        return Carried(str(tensor.dtype), tuple(tensor.shape), lambda start, stop: np.empty(0))
     dtype = names[tensor.dtype]
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().view(STORED[dtype])
-    return Carried(dtype, tuple(tensor.shape), lambda: raw)
+    return Carried(dtype, tuple(tensor.shape), lambda start, stop: raw[start:stop])
 
 
 def _base_name(name: str) -> str:
@@ -252,25 +260,26 @@ def _update(shard: Shard, module: str, parts: Mapping[str, str], settings: LoraS
 
 
 def _lazy(shard: Shard, entry: Entry) -> Carried:
-    return Carried(entry.dtype, entry.shape, lambda: _stored(shard, entry))
+    return Carried(entry.dtype, entry.shape, lambda start, stop: _stored(shard, entry, start, stop))
 
 
-def _stored(shard: Shard, entry: Entry) -> Array:
-    raw = np.empty((entry.stop - entry.start) // STORED[entry.dtype].itemsize, STORED[entry.dtype])
+def _stored(shard: Shard, entry: Entry, start: int, stop: int) -> Array:
+    raw = np.empty(stop - start, STORED[entry.dtype])
     with open(shard.path, "rb") as file:
-        fill(file.fileno(), raw, entry.start)
+        fill(file.fileno(), raw, entry.start + start * raw.itemsize)
     return raw
 
 
 def _matrix(shard: Shard, entry: Entry) -> Array:
-    raw = _stored(shard, entry)
+    raw = _stored(shard, entry, 0, math.prod(entry.shape))
     values = np.empty(raw.shape, np.float64 if entry.dtype == "F64" else np.float32)
     widen(raw, entry.dtype, values, np.empty(raw.shape, np.uint32))
     return values.reshape(entry.shape[0], -1)
 
 
 def _finite(tensor: Carried) -> bool:
-    raw = tensor.read()
+    count = math.prod(tensor.shape)
+    blocks = (tensor.read(start, min(count, start + CHECKED)) for start in range(0, count, CHECKED))
     if tensor.dtype == "BF16":
-        return not bool(((raw & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(raw).all())
+        return not any(((raw & 0x7F80) == 0x7F80).any() for raw in blocks)
+    return all(np.isfinite(raw).all() for raw in blocks)
