@@ -58,7 +58,7 @@ def same_logits(one, two) -> None:
 @pytest.mark.parametrize("dtype", MANTISSA, ids=str)
 def test_every_weight_is_the_exact_sum_rounded_once_and_the_rest_is_the_same_bytes(tmp_path, dtype):
     base = saved(llama(), tmp_path / "base", dtype)
-    adapter = lora(llama(), tmp_path / "adapter", target_modules=LINEAR)
+    adapter = lora(llama(), tmp_path / "adapter", r=3, lora_alpha=7, target_modules=LINEAR)
     merge_adapter(adapter, tmp_path / "out", base)
     before, after, read = weights(base), weights(tmp_path / "out"), read_adapter(adapter)
     assert before.keys() == after.keys()
@@ -284,6 +284,17 @@ def test_numbers_are_rounded_as_torch_rounds_them(bits, dtype):
         back = np.empty(values.shape, wide)
         widen(out, dtype, back, np.empty(values.shape, np.uint32))
         assert (back == wanted.double().numpy()).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0x0080, 0x7F00), st.booleans(), st.sampled_from([-1, 0, 1]))
+def test_a_float64_beside_the_middle_of_two_bfloat16_goes_to_its_own_side(upper, negative, side):
+    middle = np.array([(upper << 16) | 0x8000], np.uint32).view(np.float32).astype(np.float64)
+    value = middle * (1 + side * 2.0**-40) * (-1 if negative else 1)  # float32 cannot tell the three apart
+    out = np.empty(1, np.uint16)
+    narrow(value, "BF16", out, np.empty((2, 1), np.uint32))
+    wanted = upper + (1 if side > 0 else 0 if side < 0 else upper & 1)
+    assert out[0] == wanted | (0x8000 if negative else 0)
 
 
 def broken(change):
