@@ -4,6 +4,7 @@ The other side is PEFT's adapter as it stands, not PEFT's own merge.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from lorapack.errors import InputError
 from lorapack.merge.merge import merge_adapter
+from lorapack.read import read_adapter
 from lorapack.verify import verify
+from lorapack.write import write_adapter
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MOE = {"vocab_size": 128, **SMALL, "num_key_value_heads": 2, "num_experts_per_tok": 2}
@@ -143,6 +146,21 @@ def test_a_merged_model_says_what_the_adapter_says(tmp_path, model, options):
     found = verify(adapter, tmp_path / "out", tmp_path / "base")
     assert found.same, found.reasons
     assert found.mean < 1e-4 * found.effect
+
+
+def test_a_merged_compact_adapter_says_what_its_shared_layers_say(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    found = read_adapter(lora(llama(), tmp_path / "adapter", target_modules=["q_proj", "v_proj"]))
+    first = found.modules["model.layers.0.self_attn.q_proj"]
+    shared = {
+        module: replace(pointer, factors=first.factors, scale=n + 1.0) if "q_proj" in module else pointer
+        for n, (module, pointer) in enumerate(found.modules.items())
+    }
+    found = found.with_pool({p.factors: found.pool[p.factors] for p in shared.values()}, shared)
+    write_adapter(found, tmp_path / "compact")
+    merge_adapter(tmp_path / "compact", tmp_path / "out", tmp_path / "base", verify=True)
+    assert verify(tmp_path / "compact", tmp_path / "out", tmp_path / "base").mean < 1e-4
+    assert not verify(tmp_path / "adapter", tmp_path / "out", tmp_path / "base").same
 
 
 def test_several_adapters_are_added_by_their_weights(tmp_path):
