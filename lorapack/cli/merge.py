@@ -8,9 +8,15 @@ from lorapack.cli import options
 
 
 @click.command()
-@options.ADAPTER
+@click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @options.OUT
 @click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
+@click.option(
+    "--weights",
+    callback=options.parse_weights,
+    metavar="X,…",
+    help="A factor for each adapter: the sum of their updates so weighed is merged.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -20,8 +26,8 @@ from lorapack.cli import options
 )
 @options.VERIFY
 @options.REVISION
-def merge(adapter: str, out: str, **settings: Any) -> None:
-    """Merge ADAPTER into its base model, from file to file.
+def merge(adapters: tuple[str, ...], out: str, **settings: Any) -> None:
+    """Merge ADAPTER, or several, into the base model, from file to file.
 
     No model is loaded: the memory needed does not grow with the base.
     """
@@ -30,5 +36,5 @@ def merge(adapter: str, out: str, **settings: Any) -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tensors are worked on side by side instead
     from lorapack.merge.merge import merge_adapter
 
-    done = merge_adapter(adapter, out, **settings)
+    done = merge_adapter(adapters, out, **settings)
     click.echo(f"Wrote {out}: {done.changed:,} of {done.tensors:,} tensors changed")

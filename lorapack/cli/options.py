@@ -41,6 +41,14 @@ def parse_share(_: click.Context, parameter: click.Parameter, value: str | None)
         raise InputError(f"{parameter.opts[0]} {value!r} is not a share like 99%") from None
 
 
+def parse_weights(_: click.Context, __: click.Parameter, value: str | None) -> list[float] | None:
+    """``0.7,0.3`` as numbers."""
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {value!r}: write numbers, for example 0.7,0.3") from None
+
+
 def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """``200KB`` or ``200000`` as 200000."""
     if value is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lorapack.errors import InputError
 from lorapack.merge.base import WAY_OUT, Base
+from lorapack.merge.experts import split
 from lorapack.merge.layout import FLOATS, Entry
 from lorapack.merge.updates import Carried, Update, Updates
 
@@ -40,13 +41,28 @@ class Change:
     carried: Carried | None = None
 
 
-def match(updates: Updates, base: Base) -> dict[str, Change]:
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """What happens to the base's tensors.
+
+    Attributes:
+        changes: by the tensor's name in the files; all others stay.
+        untied: a tensor that the result has in addition, to the one of the base that it starts as.
+    """
+
+    changes: Mapping[str, Change]
+    untied: Mapping[str, str]
+
+
+def match(updates: Updates, base: Base) -> Matched:
     """The base's tensors that change.
 
     Raises:
         InputError: a module with no tensor or several, of another shape, quantised, or tied to another layer.
     """
-    entries = base.entries
+    updates = split(updates, base.config)
+    twin = _twin(base)
+    entries = base.entries | {new: base.entries[old] for new, old in twin.items()}
     wanted = {f"{module}.weight": update for module, update in updates.modules.items()}
     names = places([*wanted, *updates.carried], entries, str(base.directory))
     changes: dict[str, Change] = {}
@@ -65,8 +81,26 @@ def match(updates: Updates, base: Base) -> dict[str, Change]:
     for place in changes:
         if entries[place].dtype not in FLOATS:
             raise InputError(f"{place} of the base is stored as {entries[place].dtype}, it is quantised: {WAY_OUT}")
-    _refuse_tied(changes, base)
-    return changes
+    untied = {new: old for new, old in twin.items() if new in changes or old in changes}
+    if not untied or updates.config.get("ensure_weight_tying"):
+        _refuse_tied(changes, base)
+    return Matched(changes, untied)
+
+
+def _twin(base: Base) -> dict[str, str]:
+    """The output layer of a language model that is tied to its embedding and so not in the files, to that embedding.
+
+    Only where the model can be untied by its configuration and everything has its usual name.
+    """
+    architectures = base.config.get("architectures") or []
+    parts = {name: name.removesuffix(".weight").split(".") for name in base.entries if name.endswith(".weight")}
+    embeddings = [name for name, part in parts.items() if part[-1] in EMBEDDINGS and len(part) > 1]
+    able = len(architectures) == 1 and str(architectures[0]).endswith(("ForCausalLM", "GPT2LMHeadModel"))
+    if not able or len(embeddings) != 1 or base.config.get("tie_word_embeddings") is False:
+        return {}
+    if any(part[-1] in HEADS and part[0] in HEADS for part in parts.values()):
+        return {}
+    return {"lm_head.weight": embeddings[0]}
 
 
 def places(names: Iterable[str], entries: Mapping[str, Entry], base: str) -> dict[str, str]:

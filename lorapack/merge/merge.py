@@ -1,9 +1,10 @@
 """The job: base and adapter in, a model directory out, shard by shard."""
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from lorapack.errors import InputError
 from lorapack.hub import find_adapter, find_base
 from lorapack.merge.base import INDEX, MODEL_CONFIG, Base, companions, read_base
 from lorapack.merge.layout import FLOATS, Entry, Shard, header, read_shard
-from lorapack.merge.match import Change, match
+from lorapack.merge.match import Change, Matched, match
 from lorapack.merge.stream import Files, change, copy, write
-from lorapack.merge.updates import read_updates
+from lorapack.merge.updates import Updates, read_updates, weighted
 from lorapack.write.directory import new_directory, refuse_overlap
 
 Output = Literal["auto", "float32", "bfloat16", "float16"]
@@ -35,10 +36,11 @@ class Merged:
 
 
 def merge_adapter(
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path],
     out: str | Path,
     base: str | Path | None = None,
     *,
+    weights: Sequence[float] | None = None,
     dtype: Output = "auto",
     revision: str | None = None,
     overwrite: bool = False,
@@ -46,14 +48,15 @@ def merge_adapter(
 ) -> Merged:
     """Write the base model with the adapter merged into it: W + s·B·A, rounded once.
 
-    The sum is made in float32 for results of 16 bits, in float64 for wider ones, and rounded to nearest.
+    The sum is made in float64 and rounded to nearest, ties to even.
     Nothing is loaded but blocks of rows and the factors of the layers at work, so the memory needed does not
     grow with the model.
 
     Args:
-        adapter: a PEFT or compact directory, or a Hub id.
+        adapter: a PEFT or compact directory, or a Hub id; or several, whose weighted updates are added.
         out: the model directory to make; it appears whole or not at all.
         base: another place for the base model than the adapter names.
+        weights: a factor for each adapter; several need them.
         dtype: of all weights of the result; ``auto``: each as it is in the base.
         revision: of an adapter on the Hub.
         overwrite: replace what an earlier merge wrote.
@@ -64,44 +67,71 @@ def merge_adapter(
         InputError: an adapter or base that is damaged or quantised, or that do not belong together.
         OutputError: `out` exists or cannot be written.
     """
-    inputs = (adapter,) if base is None else (adapter, base)
+    adapters = [adapter] if isinstance(adapter, (str, Path)) else list(adapter)
+    factors = _weights(weights, len(adapters))
+    if verify and (len(adapters), *factors) != (1, 1):
+        raise InputError("--verify compares with one adapter as it is; leave it out where adapters are weighed")
+    inputs = (*adapters, *(() if base is None else (base,)))
     with new_directory(out, overwrite=overwrite, inputs=inputs, mark=RECORD) as directory:
-        updates_at = find_adapter(adapter, revision)
-        updates = read_updates(updates_at)
-        source = base or updates.settings.base_model_name_or_path
-        if not source:
-            raise InputError("the adapter names no base model; name it with --base")
+        updates_at = [find_adapter(each, revision) for each in adapters]
+        read = [read_updates(each) for each in updates_at]
+        source = base or _base_of(read)
+        updates = weighted(read, factors)
         place = find_base(source, updates.settings.revision if base is None else None)
         refuse_overlap(out, place)
         work = directory / ".bin"
         work.mkdir()
         found = read_base(place, work)
-        changes = match(updates, found)
+        matched = match(updates, found)
         kind = None if dtype == "auto" else TYPES[dtype]
         for name, shard in found.shards.items():
-            _write_shard(shard, directory / name, changes, kind)
+            _write_shard(shard, directory / name, matched, kind)
         shutil.rmtree(work)
-        _write_texts(found, directory, updates_at, dtype)
+        _write_texts(found, directory, updates_at, dtype, matched)
         record = {
             "lorapack": lorapack.__version__,
-            "adapter": Path(adapter).name,
+            "adapter": [Path(each).name for each in adapters],
+            "weights": factors,
             "base": Path(source).name if Path(source).exists() else str(source),
             "dtype": dtype,
-            "changed": sorted(changes),
+            "changed": sorted(matched.changes),
         }
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         if verify:
             from lorapack.verify import demand_same
             from lorapack.verify import verify as compare
 
-            demand_same(compare(updates_at, directory, place))
-        return Merged(len(changes), len(found.entries))
+            demand_same(compare(updates_at[0], directory, place))
+        return Merged(len(matched.changes), len(found.entries) + len(matched.untied))
 
 
-def _write_shard(shard: Shard, path: Path, changes: Mapping[str, Change], kind: str | None) -> None:
+def _weights(given: Sequence[float] | None, adapters: int) -> list[float]:
+    if given is None and adapters > 1:
+        raise InputError(f"{adapters} adapters need {adapters} --weights, for example {','.join(['0.5'] * adapters)}")
+    weights = [1.0] * adapters if given is None else list(given)
+    if len(weights) != adapters or not all(map(math.isfinite, weights)):
+        raise InputError(f"--weights: {len(weights)} numbers for {adapters} adapters; give one finite number each")
+    return weights
+
+
+def _base_of(read: Sequence[Updates]) -> str:
+    bases = {each.settings.base_model_name_or_path for each in read}
+    if len(bases) > 1:
+        raise InputError(
+            f"the adapters name different base models ({', '.join(sorted(map(str, bases)))}); name one with --base"
+        )
+    source = bases.pop()
+    if not source:
+        raise InputError("the adapter names no base model; name it with --base")
+    return source
+
+
+def _write_shard(shard: Shard, path: Path, matched: Matched, kind: str | None) -> None:
     """One shard: the header, then every tensor at its place, several at a time."""
-    targets = {n: _as(entry, kind) for n, entry in shard.entries.items()}
-    same = all(targets[n].dtype == entry.dtype for n, entry in shard.entries.items())
+    sources = dict(shard.entries)
+    sources |= {new: shard.entries[old] for new, old in matched.untied.items() if old in shard.entries}
+    targets = {n: _as(entry, kind) for n, entry in sources.items()}
+    same = all(targets[n].dtype == entry.dtype for n, entry in sources.items()) and len(sources) == len(shard.entries)
     start = None
     if not same:
         start, targets = header(targets, shard.metadata)
@@ -114,7 +144,7 @@ def _write_shard(shard: Shard, path: Path, changes: Mapping[str, Change], kind: 
             copy(files, 0, shard.data, 0)
         else:
             write(files, start, 0)
-        _together(_jobs(files, shard, targets, changes))
+        _together(_jobs(files, sources, targets, matched.changes))
     written = read_shard(path)
     if written.entries != targets:
         raise InputError(f"{path.name} reads back with another header than was written. Check the disk")
@@ -125,12 +155,12 @@ def _as(entry: Entry, kind: str | None) -> Entry:
 
 
 def _jobs(
-    files: Files, shard: Shard, targets: Mapping[str, Entry], changes: Mapping[str, Change]
+    files: Files, sources: Mapping[str, Entry], targets: Mapping[str, Entry], changes: Mapping[str, Change]
 ) -> list[Callable[[], None]]:
     """The work of a shard: changed tensors one by one, untouched ones in runs that lie together on both sides."""
     jobs: list[Callable[[], None]] = []
     runs: list[tuple[int, int, int]] = []
-    for name, entry in shard.entries.items():
+    for name, entry in sources.items():
         target = targets[name]
         what = changes.get(name)
         if what is not None or target.dtype != entry.dtype:
@@ -158,18 +188,24 @@ def _together(jobs: list[Callable[[], None]]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _write_texts(base: Base, directory: Path, adapter: Path, dtype: Output) -> None:
-    """Configuration, tokenizer and index."""
-    for name, path in companions(base.directory, adapter).items():
+def _write_texts(base: Base, directory: Path, adapters: Sequence[Path], dtype: Output, matched: Matched) -> None:
+    """Configuration, tokenizer and index; the tokenizer of the first adapter that has one."""
+    tokenizer = next((each for each in adapters if (each / "tokenizer_config.json").exists()), adapters[0])
+    for name, path in companions(base.directory, tokenizer).items():
         shutil.copyfile(path, directory / name)
-    if dtype == "auto":
+    if dtype == "auto" and not matched.untied:
         shutil.copyfile(base.directory / MODEL_CONFIG, directory / MODEL_CONFIG)
     else:
-        (directory / MODEL_CONFIG).write_text(json.dumps(_retyped(base.config, dtype), indent=2) + "\n")
+        config = dict(base.config) if dtype == "auto" else _retyped(base.config, dtype)
+        config |= {"tie_word_embeddings": False} if matched.untied else {}
+        (directory / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if base.index is not None:
         total = sum(_bytes(directory / name) for name in base.shards)
         metadata = {**(base.index.get("metadata") or {}), "total_size": total}
-        (directory / INDEX).write_text(json.dumps({**base.index, "metadata": metadata}, indent=2) + "\n")
+        places = dict(base.index["weight_map"])
+        places |= {new: places[old] for new, old in matched.untied.items()}
+        index = {**base.index, "metadata": metadata, "weight_map": places}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _bytes(path: Path) -> int:

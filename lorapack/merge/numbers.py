@@ -11,34 +11,32 @@ STORED: dict[str, Any] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
-_HIGH = slice(1, None, 2)  # the upper half of each little-endian word
 
 
-def accumulator(dtype: str) -> Any:
-    """What sums are made in, so that they are rounded once: float64 for wide results, float32 for 16-bit ones."""
-    return np.dtype("<f8") if dtype in ("F64", "F32") else np.dtype("<f4")
+def accumulator(dtype: str, stored: str, adding: bool) -> Any:
+    """What numbers are held in between: float64 for a sum and for wide types, float32 for mere changes of type."""
+    narrow_enough = {dtype, stored} <= {"BF16", "F16"} or (stored == "F32" and dtype in ("BF16", "F16"))
+    return np.dtype("<f4") if narrow_enough and not adding else np.dtype("<f8")
 
 
-def widen(raw: Array, dtype: str, out: Array) -> None:
-    """Numbers as stored (`STORED`) into a float32 or float64 array of the same shape."""
-    if dtype == "BF16" and out.dtype == np.float32:
-        words = out.view(np.uint32)
-        np.copyto(words, raw)
-        np.left_shift(words, 16, out=words)
-    elif dtype == "BF16":
-        out[...] = (raw.astype(np.uint32) << 16).view(np.float32)
-    else:
+def widen(raw: Array, dtype: str, out: Array, spare: Array) -> None:
+    """Numbers as stored (`STORED`) into a float32 or float64 array of the same shape; `spare`: uint32, overwritten."""
+    if dtype != "BF16":
         np.copyto(out, raw, casting="same_kind")
+        return
+    np.copyto(spare, raw)
+    np.left_shift(spare, 16, out=spare)
+    np.copyto(out, spare.view(np.float32))
 
 
 def narrow(values: Array, dtype: str, out: Array, spare: Array) -> None:
-    """Floats rounded into an array as stored; `values` is overwritten.
+    """Floats rounded once into an array as stored.
 
     Args:
         values: float32 or float64, contiguous.
         dtype: of `STORED`.
         out: the same shape.
-        spare: uint32, the same shape, overwritten.
+        spare: uint32, two arrays of the same shape, overwritten.
 
     Raises:
         FloatingPointError: a number that the type cannot hold.
@@ -47,9 +45,31 @@ def narrow(values: Array, dtype: str, out: Array, spare: Array) -> None:
         with np.errstate(over="raise"):
             np.copyto(out, values, casting="same_kind")
         return
-    words = values.astype(np.float32, copy=False).view(np.uint32)
+    spare, words = spare
+    with np.errstate(over="raise"):
+        np.copyto(words.view(np.float32), values, casting="same_kind")
+    if values.dtype == np.float64:
+        _off_the_middle(words, values, spare)
     np.right_shift(words, 16, out=spare)
     np.bitwise_and(spare, 1, out=spare)
     np.add(spare, 0x7FFF, out=spare)
     np.add(words, spare, out=words)
-    out[...] = words.view(np.uint16)[..., _HIGH]
+    np.right_shift(words, 16, out=words)
+    np.copyto(out, words, casting="unsafe")
+
+
+def _off_the_middle(words: Array, values: Array, spare: Array) -> None:
+    """Where rounding to float32 fell on the middle of two bfloat16 numbers, go back to the side it came from.
+
+    Without this the second rounding would not know that side: the result would be rounded twice.
+
+    Args:
+        words: the bits of `values` in float32, changed.
+        values: float64.
+        spare: overwritten.
+    """
+    np.bitwise_and(words, 0xFFFF, out=spare)
+    middle = spare == 0x8000
+    if middle.any():
+        there, exact = np.abs(words[middle].view(np.float32)), np.abs(values[middle])
+        words[middle] += (exact > there).astype(np.uint32) - (exact < there).astype(np.uint32)

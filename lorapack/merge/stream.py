@@ -2,7 +2,9 @@
 
 import errno
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -10,8 +12,10 @@ from lorapack.errors import InputError
 from lorapack.merge.layout import Entry, fill
 from lorapack.merge.match import Change
 from lorapack.merge.numbers import STORED, Array, accumulator, narrow, widen
+from lorapack.merge.updates import Carried
 
-BLOCK = 1 << 18  # numbers at once: a few arrays of a megabyte, which stay in the processor's cache
+BLOCK = 1 << 15  # numbers at once: a few arrays of a quarter of a megabyte, which stay in the processor's cache
+PIECE = 1 << 20  # bytes at once through memory
 _UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
 
@@ -31,7 +35,7 @@ def copy(files: Files, start: int, stop: int, to: int) -> None:
         except (OSError, AttributeError) as error:
             if isinstance(error, OSError) and error.errno not in _UNABLE:
                 raise
-            done = copy_through(files, start, min(stop, start + 4 * BLOCK), to)
+            done = copy_through(files, start, min(stop, start + PIECE), to)
         if not done:
             raise InputError("the base was cut off while it was read")
         start, to = start + done, to + done
@@ -53,7 +57,7 @@ def write(files: Files, block: "bytes | Array", to: int) -> None:
 
 
 def change(files: Files, name: str, source: Entry, target: Entry, what: Change) -> None:
-    """Write one tensor: converted, replaced, added to.
+    """Write one tensor: converted, replaced, added to, scaled to DoRA's magnitudes.
 
     Args:
         files: both ends.
@@ -66,41 +70,70 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
     """
     if target.start == target.stop:
         return
-    replaced = what.carried.read() if what.carried else None
-    stored = what.carried.dtype if what.carried else source.dtype
-    wide = accumulator(target.dtype)
-    left, right = _sides(what, wide)
+    left, right = _sides(what)
+    sums = partial(_sums, files, source, what.carried, target.dtype, left, right)
+    factors = _magnitudes(what, sums)
+    out = spare = np.empty((0, 0))
+    for row, values in sums():
+        if out.shape[0] < values.shape[0]:
+            out, spare = np.empty(values.shape, STORED[target.dtype]), np.empty((2, *values.shape), np.uint32)
+        if factors is not None:
+            values *= factors if factors.shape[0] == 1 else factors[row : row + len(values)]
+        try:
+            narrow(values, target.dtype, out[: len(values)], spare[:, : len(values)])
+        except FloatingPointError:
+            raise InputError(f"{name} has numbers too large for {target.dtype}; choose another --dtype") from None
+        write(files, out[: len(values)], target.start + row * values.shape[1] * out.itemsize)
+
+
+def _sums(
+    files: Files, source: Entry, carried: Carried | None, dtype: str, left: Array | None, right: Array | None
+) -> Iterator[tuple[int, Array]]:
+    """Blocks of rows of the tensor, with what is added; each only until the next. The first row's number comes along.
+
+    Args:
+        files, source: where the tensor is read, unless `carried` takes its place.
+        dtype: of the result.
+        left, right: the matrices whose product is added; None for none.
+    """
+    stored = carried.dtype if carried else source.dtype
+    wide = accumulator(dtype, stored, left is not None)
     rows = left.shape[0] if left is not None else source.shape[0] if source.shape else 1
-    count = int(np.prod(source.shape, dtype=np.int64))
-    columns = count // rows
-    at_once = max(1, BLOCK // columns)
-    size = min(at_once, rows)
-    raw = np.empty((size, columns), STORED[stored])
-    out = np.empty((size, columns), STORED[target.dtype])
-    values, added = np.empty((size, columns), wide), np.empty((size, columns), wide)
-    spare = np.empty((size, columns), np.uint32)
-    for row in range(0, rows, at_once):
-        n = min(at_once, rows - row)
-        if replaced is None:
+    columns = int(np.prod(source.shape, dtype=np.int64)) // rows
+    size = min(max(1, BLOCK // columns), rows)
+    raw, spare = np.empty((size, columns), STORED[stored]), np.empty((size, columns), np.uint32)
+    values, added = np.empty((size, columns), wide), np.empty((size if left is not None else 0, columns), wide)
+    for row in range(0, rows, size):
+        n = min(size, rows - row)
+        if carried is None:
             fill(files.source, raw[:n], source.start + row * columns * raw.itemsize)
-            widen(raw[:n], stored, values[:n])
         else:
-            widen(replaced[row * columns : (row + n) * columns].reshape(n, columns), stored, values[:n])
+            raw[:n] = carried.read(row * columns, (row + n) * columns).reshape(n, columns)
+        widen(raw[:n], stored, values[:n], spare[:n])
         if left is not None and right is not None:
             np.matmul(left[row : row + n], right, out=added[:n])
             values[:n] += added[:n]
-        try:
-            narrow(values[:n], target.dtype, out[:n], spare[:n])
-        except FloatingPointError:
-            raise InputError(f"{name} has numbers too large for {target.dtype}; choose another --dtype") from None
-        write(files, out[:n], target.start + row * columns * out.itemsize)
+        yield row, values[:n]
 
 
-def _sides(what: Change, wide: "np.dtype[np.floating]") -> tuple[Array | None, Array | None]:
-    """Two matrices whose product is what is added: B and s·A, or their transposes in the other order."""
+def _sides(what: Change) -> tuple[Array | None, Array | None]:
+    """Two float64 matrices whose product is what is added: B and s·A, or their transposes in the other order."""
     if what.update is None:
         return None, None
     a, b = what.update.read()
-    scaled = (a.astype(np.float64) * what.update.scale).astype(wide)
+    scaled = a.astype(np.float64) * what.update.scale
     left, right = (scaled.T, b.T) if what.transposed else (b, scaled)
-    return np.ascontiguousarray(left, wide), np.ascontiguousarray(right, wide)
+    return np.ascontiguousarray(left, np.float64), np.ascontiguousarray(right, np.float64)
+
+
+def _magnitudes(what: Change, sums: Callable[[], Iterator[tuple[int, Array]]]) -> Array | None:
+    """DoRA's factors m / ‖W + s·B·A‖, (rows, 1) or (1, columns), by one more pass over the tensor; None without DoRA.
+
+    The norm is over the inputs: along a row, or along a column where the weight is stored transposed.
+    """
+    if what.update is None or what.update.magnitude is None:
+        return None
+    squares = [(values * values).sum(axis=0 if what.transposed else 1) for _, values in sums()]
+    norms = np.sqrt(sum(squares) if what.transposed else np.concatenate(squares))
+    factors: Array = what.update.magnitude().astype(np.float64) / norms
+    return factors[None, :] if what.transposed else factors[:, None]

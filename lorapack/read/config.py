@@ -1,7 +1,7 @@
 """PEFT's `adapter_config.json`: what of it matters here, and what is refused by name."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -68,12 +68,13 @@ class LoraSettings:
         return float(alpha) / (rank**0.5 if self.use_rslora else rank)
 
 
-def check_config(config: Mapping[str, Any], where: str) -> LoraSettings:
+def check_config(config: Mapping[str, Any], where: str, allowed: Collection[str] = ()) -> LoraSettings:
     """The settings of a LoRA configuration.
 
     Args:
         config: the parsed JSON.
         where: its path, for messages.
+        allowed: settings of `REFUSED` that the caller knows how to use.
 
     Raises:
         InputError: not PEFT, another PEFT method, a setting of `REFUSED`, or an ill-typed field.
@@ -84,7 +85,7 @@ def check_config(config: Mapping[str, Any], where: str) -> LoraSettings:
     if kind not in ("LORA", COMPACT_TYPE):
         raise InputError(f"{where}: peft_type {kind!r} is not LoRA, and lorapack compresses LoRA only")
     for name, meaning in REFUSED.items():
-        if config.get(name):
+        if config.get(name) and name not in allowed:
             raise InputError(f"{where}: {name} ({meaning}) cannot be compressed yet")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):

@@ -62,14 +62,14 @@ def given(model: Any, tokenizer: Any, data: str, columns: Mapping[str, str] | No
         longest=LENGTH,
         classes=int(model.config.num_labels) if classifies else None,
         label_ids={str(name): int(n) for name, n in (model.config.label2id or {}).items()},
-        vocabulary=model.get_input_embeddings().num_embeddings,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
     )
     rows, _ = prepare_evaluation(reader, data, columns)
     return [{"input_ids": torch.tensor([row.input_ids])} | _decoded(model, generator) for row in rows[:ROWS]]
 
 
 def _ids(model: Any, length: int, generator: torch.Generator) -> Tensor:
-    known = model.get_input_embeddings().num_embeddings
+    known = model.get_input_embeddings().weight.shape[0]
     return torch.randint(known, (1, length), generator=generator)
 
 
