@@ -12,6 +12,7 @@ from lorapack.cli.compress import compress
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
+from lorapack.cli.export import export
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -31,7 +32,7 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, export):
     cli.add_command(command)
 
 

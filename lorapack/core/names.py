@@ -7,11 +7,14 @@ do an encoder's and a decoder's layers.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
 LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?$"
 )  # a factor's name in a checkpoint
+
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classifier.dense.weight")
 
 
 def order(module: str) -> tuple[tuple[int, int, str], ...]:
@@ -33,3 +36,8 @@ def short_types(modules: list[str]) -> dict[str, str]:
         others = {ending for other in types if other != t for ending in endings[other]}
         short[t] = next((ending for ending in endings[t] if ending not in others), t)
     return short
+
+
+def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """How many outputs a saved classification head has; None where there is none among these tensors."""
+    return min((int(s[0]) for name, s in shapes.items() if name.endswith(_HEADS) and len(s) == 2), default=None)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,11 +65,33 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
     Raises:
         InputError: the type cannot hold a number.
     """
-    if target.start == target.stop:
+    at = target.start
+    for block in blocks(files.source, name, source, target.dtype, what):
+        write(files, block, at)
+        at += block.nbytes
+
+
+def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change) -> Iterator[Array]:
+    """One tensor in blocks of rows, in their order: converted, replaced, added to.
+
+    Args:
+        descriptor: of the open file that holds it.
+        name: for messages.
+        source: where it lies.
+        dtype: of the blocks, as stored (`STORED`).
+        what: the change, an empty one to convert only.
+
+    Yields:
+        (rows, columns), the axes behind the first taken together; overwritten by the next one.
+
+    Raises:
+        InputError: the type cannot hold a number.
+    """
+    if source.start == source.stop:
         return
     replaced = what.carried.read() if what.carried else None
     stored = what.carried.dtype if what.carried else source.dtype
-    wide = accumulator(target.dtype)
+    wide = accumulator(dtype)
     left, right = _sides(what, wide)
     rows = left.shape[0] if left is not None else source.shape[0] if source.shape else 1
     count = int(np.prod(source.shape, dtype=np.int64))
@@ -76,13 +99,13 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
     at_once = max(1, BLOCK // columns)
     size = min(at_once, rows)
     raw = np.empty((size, columns), STORED[stored])
-    out = np.empty((size, columns), STORED[target.dtype])
+    out = np.empty((size, columns), STORED[dtype])
     values, added = np.empty((size, columns), wide), np.empty((size, columns), wide)
     spare = np.empty((size, columns), np.uint32)
     for row in range(0, rows, at_once):
         n = min(at_once, rows - row)
         if replaced is None:
-            fill(files.source, raw[:n], source.start + row * columns * raw.itemsize)
+            fill(descriptor, raw[:n], source.start + row * columns * raw.itemsize)
             widen(raw[:n], stored, values[:n])
         else:
             widen(replaced[row * columns : (row + n) * columns].reshape(n, columns), stored, values[:n])
@@ -90,10 +113,10 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
             np.matmul(left[row : row + n], right, out=added[:n])
             values[:n] += added[:n]
         try:
-            narrow(values[:n], target.dtype, out[:n], spare[:n])
+            narrow(values[:n], dtype, out[:n], spare[:n])
         except FloatingPointError:
-            raise InputError(f"{name} has numbers too large for {target.dtype}; choose another --dtype") from None
-        write(files, out[:n], target.start + row * columns * out.itemsize)
+            raise InputError(f"{name} has numbers too large for {dtype}; choose another --dtype") from None
+        yield out[:n]
 
 
 def _sides(what: Change, wide: "np.dtype[np.floating]") -> tuple[Array | None, Array | None]:

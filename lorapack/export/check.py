@@ -1,0 +1,52 @@
+"""The check of an export, both sides one after the other."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from lorapack.core.adapter import Adapter
+from lorapack.export.empty import model_config
+from lorapack.export.files import ADAPTER
+from lorapack.export.job import Job
+from lorapack.export.record import Record
+from lorapack.export.reference import reference
+from lorapack.export.verify import Answers, Session, answer, compare, read_rows, torch_step
+
+
+def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: Path) -> dict[str, dict[str, Any]]:
+    """The figures by what was run: ``merged``, or ``adapter`` and ``base`` for a graph with the adapter apart.
+
+    Args:
+        job, adapter: what was exported.
+        record: how.
+        graphs: where the graphs lie.
+        directory: where the tokenizer lies, and the adapter, where it is apart.
+
+    Raises:
+        InputError: the base cannot be loaded, or has no tokenizer.
+        GateError: a difference above the tolerance.
+    """
+    config = model_config(graphs, job.task)
+    rows = read_rows(graphs, config, job.task)
+    path = graphs / "model.onnx"
+    inputs = [str(value.name) for value in ir.load(path).graph.inputs]
+    model = reference(adapter, job.base.directory, config, job.task)
+    step = torch_step(model.get_base_model(), job.task, inputs)
+    wanted: dict[str, Answers] = {}
+    with_adapter = "merged" if record.slots is None else "adapter"
+    wanted[with_adapter] = answer(job.task, rows, step, inputs)
+    if record.slots is not None and not any(record.carried.values()):
+        with model.disable_adapter():
+            wanted["base"] = answer(job.task, rows, step, inputs)
+    del model, step
+    gc.collect()
+    made = {}
+    session = Session(path)
+    for what, truth in wanted.items():
+        session.activate(directory / f"{path.stem}{ADAPTER}" if what == "adapter" else None)
+        figures = compare(truth, answer(job.task, rows, session, inputs), rows)
+        figures.check(record.dtype, f"the graph ({what})")
+        made[what] = figures.as_dict()
+    return made
