@@ -17,7 +17,7 @@ PACKAGE = ROOT / "lorapack"
 CORE = {"errors", "core", "read", "plan", "pack", "write"}
 DATA = {"data"}
 MODEL = {"watch", "model", "measure", "recover", "evaluate"} | DATA
-CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch"}
+CORE_LIBRARIES = {"numpy", "pydantic", "regex", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -31,7 +31,8 @@ def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: 
     config = model_config(graphs, job.task)
     rows = read_rows(graphs, config, job.task)
     path = graphs / "model.onnx"
-    inputs = [str(value.name) for value in ir.load(path).graph.inputs]
+    graph = ir.load(path).graph
+    inputs = [str(value.name) for value in graph.inputs if value.name not in graph.initializers]
     model = reference(adapter, job.base.directory, config, job.task)
     step = torch_step(model.get_base_model(), job.task, inputs)
     wanted: dict[str, Answers] = {}

@@ -10,6 +10,7 @@ from torch import nn
 
 from lorapack.errors import InputError
 from lorapack.export.tasks import Task
+from lorapack.model.load import quiet
 
 CLASSES: Mapping[Task, str] = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -29,7 +30,8 @@ def model_config(directory: Path, task: Task) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise InputError(f"{directory} has no configuration that can be exported ({_first(error)})") from None
     if type(config) not in model_class(config, task)._model_mapping:
@@ -53,7 +55,7 @@ def empty_model(config: Any, task: Task, dtype: torch.dtype) -> Any:
         task: its head.
         dtype: of the parameters.
     """
-    with torch.device("meta"):
+    with quiet(), torch.device("meta"):
         model = model_class(config, task).from_config(config, dtype=dtype)
     model.to_empty(device="cpu")
     for parameter in model.parameters():

@@ -13,7 +13,7 @@ import numpy as np
 from lorapack.errors import GateError, InputError
 from lorapack.export.tasks import Task
 from lorapack.merge.numbers import Array
-from lorapack.model.load import longest
+from lorapack.model.load import longest, quiet
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3}  # of every number, times the largest of the reference where that is above 1
 LENGTHS = (1, 2, 7, 20)  # tokens of the rows of the padded batch
@@ -102,8 +102,9 @@ def read_rows(directory: Path, config: Any, task: Task) -> Rows:
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        ids = [int(n) for n in tokenizer(TEXT * 6)["input_ids"]]
+        with quiet():  # the text is longer than the model takes, on purpose
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            ids = [int(n) for n in tokenizer(TEXT * 6)["input_ids"]]
     except Exception as error:  # transformers and tokenizers raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
