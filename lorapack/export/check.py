@@ -8,11 +8,11 @@ import onnx_ir as ir
 
 from lorapack.core.adapter import Adapter
 from lorapack.export.empty import model_config
-from lorapack.export.files import ADAPTER
 from lorapack.export.job import Job
 from lorapack.export.record import Record
 from lorapack.export.reference import reference
-from lorapack.export.verify import Answers, Session, answer, compare, read_rows, torch_step
+from lorapack.export.tasks import Task
+from lorapack.export.verify import Answers, Session, Sessions, answer, compare, read_rows, torch_step
 
 
 def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: Path) -> dict[str, dict[str, Any]]:
@@ -30,9 +30,7 @@ def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: 
     """
     config = model_config(graphs, job.task)
     rows = read_rows(graphs, config, job.task)
-    path = graphs / "model.onnx"
-    graph = ir.load(path).graph
-    inputs = [str(value.name) for value in graph.inputs if value.name not in graph.initializers]
+    inputs = _inputs(graphs, job.task)
     model = reference(adapter, job.base.directory, config, job.task)
     step = torch_step(model.get_base_model(), job.task, inputs)
     wanted: dict[str, Answers] = {}
@@ -44,10 +42,22 @@ def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: 
     del model, step
     gc.collect()
     made = {}
-    session = Session(path)
+    session: Session | Sessions
+    if job.task == "SEQ_2_SEQ_LM":
+        session = Sessions(graphs / "encoder_model.onnx", graphs / "decoder_model.onnx")
+    else:
+        session = Session(graphs / "model.onnx")
     for what, truth in wanted.items():
-        session.activate(directory / f"{path.stem}{ADAPTER}" if what == "adapter" else None)
+        session.activate(directory if what == "adapter" else None)
         figures = compare(truth, answer(job.task, rows, session, inputs), rows)
         figures.check(record.dtype, f"the graph ({what})")
         made[what] = figures.as_dict()
     return made
+
+
+def _inputs(graphs: Path, task: Task) -> list[str]:
+    """What the model must be given, by the names that transformers has for it too."""
+    if task == "SEQ_2_SEQ_LM":
+        return ["input_ids", "attention_mask", "decoder_input_ids"]
+    graph = ir.load(graphs / "model.onnx").graph
+    return [str(value.name) for value in graph.inputs if value.name not in graph.initializers]

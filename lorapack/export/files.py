@@ -1,6 +1,7 @@
 """What an export writes, apart from its record."""
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -98,13 +99,18 @@ def quantise(path: Path, work: Path) -> None:
 
     for file in (path, path.with_name(f"{path.name}.data")):
         shutil.move(file, work / file.name)
-    quantize_dynamic(
-        work / path.name,
-        path,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=True,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    logging.disable(logging.WARNING)  # it recommends a preparation that the exporter did
+    try:
+        quantize_dynamic(
+            work / path.name,
+            path,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    shutil.copymode(path, path.with_name(f"{path.name}.data"))
 
 
 def _save(graph: ir.Model, path: Path) -> None:

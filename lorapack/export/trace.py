@@ -23,7 +23,7 @@ from lorapack.export.empty import as_input_error, empty_model, model_config, nam
 from lorapack.export.graph import Weight, record, weights
 from lorapack.export.tasks import Task
 
-BATCH, LENGTH, PAST, TOTAL = 2, 3, 5, 8  # of the traced example; no two alike, none of them 0 or 1
+BATCH, LENGTH, PAST, TOTAL, SOURCE = 2, 3, 5, 8, 7  # of the traced example; no two alike, none of them 0 or 1
 OPSET = 20
 KINDS = {"fp32": torch.float32, "fp16": torch.float16}
 INSIDE = "model_."  # what a wrapper puts before the names of the model's weights
@@ -68,6 +68,41 @@ class Encoder(nn.Module):
         return (getattr(self.model_(**inputs), self.output),)
 
 
+class SourceEncoder(nn.Module):
+    """The encoder of a model that has a decoder too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model_ = model
+
+    def forward(self, inputs: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
+        return (self.model_.get_encoder()(**inputs).last_hidden_state,)  # type: ignore[operator]
+
+
+class TargetDecoder(nn.Module):
+    """Logits and the grown cache, given what the encoder made; what it sees of that is computed at every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model_ = model
+
+    def forward(self, inputs: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache, EncoderDecoderCache
+        from transformers.modeling_outputs import BaseModelOutput
+
+        own = DynamicCache()
+        for layer, (key, value) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            own.update(key, value, layer)
+        logits = self.model_(
+            decoder_input_ids=inputs["input_ids"],
+            attention_mask=inputs["encoder_attention_mask"],
+            encoder_outputs=BaseModelOutput(last_hidden_state=inputs["encoder_hidden_states"]),
+            past_key_values=EncoderDecoderCache(own, DynamicCache()),
+            use_cache=True,
+        ).logits
+        return logits, *(tensor for layer in own.layers for tensor in (layer.keys, layer.values))
+
+
 def trace_all(directory: Path, task: Task, kind: str) -> dict[str, ir.Model]:
     """The graphs of a configuration, by the file each is to become.
 
@@ -88,6 +123,8 @@ def parts(config: Any, task: Task, dtype: torch.dtype) -> list[Part]:
     model = empty_model(config, task, dtype)
     if task == "CAUSAL_LM":
         return [_decoder(model, dtype)]
+    if task == "SEQ_2_SEQ_LM":
+        return _encoder_and_decoder(model, dtype)
     return [_encoder(model, task)]
 
 
@@ -126,7 +163,6 @@ def trace(part: Part) -> ir.Model:
 
 def _decoder(model: Any, dtype: torch.dtype) -> Part:
     ids = torch.zeros(BATCH, LENGTH, dtype=torch.int64)
-    cache = _cache_shapes(model)
     inputs: dict[str, tuple[Tensor, Axes]] = {
         "input_ids": (ids, ("batch", "sequence")),
         "attention_mask": (torch.ones(BATCH, TOTAL, dtype=torch.int64), ("batch", "total_sequence")),
@@ -134,12 +170,41 @@ def _decoder(model: Any, dtype: torch.dtype) -> Part:
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (ids.clone(), ("batch", "sequence"))
     outputs: dict[str, Axes] = {"logits": ("batch", "sequence", model.config.get_text_config().vocab_size)}
-    for layer, (heads, size) in enumerate(cache):
+    _add_cache(inputs, outputs, _cache_shapes(model), dtype, "")
+    return Part("model.onnx", Decoder(model), inputs, outputs)
+
+
+def _encoder_and_decoder(model: Any, dtype: torch.dtype) -> list[Part]:
+    ids, width = torch.ones(BATCH, LENGTH, dtype=torch.int64), model.config.hidden_size
+    source = torch.ones(BATCH, SOURCE, dtype=torch.int64)
+    axes: Axes = ("batch", "encoder_sequence")
+    inputs: dict[str, tuple[Tensor, Axes]] = {
+        "input_ids": (ids, ("batch", "sequence")),
+        "encoder_attention_mask": (source, axes),
+        "encoder_hidden_states": (torch.zeros(BATCH, SOURCE, width, dtype=dtype), (*axes, width)),
+    }
+    outputs: dict[str, Axes] = {"logits": ("batch", "sequence", model.config.vocab_size)}
+    _add_cache(inputs, outputs, _cache_shapes(model), dtype, ".decoder")
+    encoder = {"input_ids": (source, axes), "attention_mask": (source.clone(), axes)}
+    return [
+        Part("encoder_model.onnx", SourceEncoder(model), encoder, {"last_hidden_state": (*axes, width)}),
+        Part("decoder_model.onnx", TargetDecoder(model), inputs, outputs),
+    ]
+
+
+def _add_cache(
+    inputs: dict[str, tuple[Tensor, Axes]],
+    outputs: dict[str, Axes],
+    shapes: list[tuple[int, int]],
+    dtype: torch.dtype,
+    whose: str,
+) -> None:
+    """The cache of every layer, (heads, size of a head), as it comes and as it goes."""
+    for layer, (heads, size) in enumerate(shapes):
         for side in ("key", "value"):
             example = torch.zeros(BATCH, heads, PAST, size, dtype=dtype)
-            inputs[f"past_key_values.{layer}.{side}"] = (example, ("batch", heads, "past_sequence", size))
-            outputs[f"present.{layer}.{side}"] = ("batch", heads, "total_sequence", size)
-    return Part("model.onnx", Decoder(model), inputs, outputs)
+            inputs[f"past_key_values.{layer}{whose}.{side}"] = (example, ("batch", heads, "past_sequence", size))
+            outputs[f"present.{layer}{whose}.{side}"] = ("batch", heads, "total_sequence", size)
 
 
 def _encoder(model: Any, task: Task) -> Part:
@@ -158,19 +223,23 @@ def _encoder(model: Any, task: Task) -> Part:
     return Part("model.onnx", Encoder(model, output), inputs, {output: axes})
 
 
-def _cache_shapes(model: nn.Module) -> list[tuple[int, int]]:
+def _cache_shapes(model: Any) -> list[tuple[int, int]]:
     """(heads, size of a head) of every layer's cache, from a model whose numbers do not matter.
 
     Raises:
         InputError: the model keeps another kind of state than keys and values.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import DynamicCache
+    from transformers import DynamicCache, EncoderDecoderCache
 
     kind = type(model).__name__
     with FakeTensorMode(allow_non_fake_inputs=True), as_input_error(f"{kind} cannot be exported"):
-        cache = DynamicCache()
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        cache, ids = DynamicCache(), torch.zeros(1, 2, dtype=torch.int64)
+        if model.config.is_encoder_decoder:
+            both = EncoderDecoderCache(cache, DynamicCache())
+            model(input_ids=ids, decoder_input_ids=ids, past_key_values=both, use_cache=True)
+        else:
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
         shapes = [tuple(layer.keys.shape) for layer in cache.layers]
     if not shapes or any(len(shape) != 4 for shape in shapes):
         raise InputError(f"{kind} keeps no cache of keys and values for every layer: it cannot be exported")

@@ -149,7 +149,9 @@ def answer(task: Task, rows: Rows, step: Step, inputs: Sequence[str]) -> Answers
         step: one pass: inputs by name to outputs by name. A decoder's takes and gives the cache.
         inputs: the names that it takes.
     """
-    return _continue(rows, step) if task == "CAUSAL_LM" else _encode(task, rows, step, inputs)
+    if task == "CAUSAL_LM":
+        return _continue(rows, step)
+    return _translate(rows, step) if task == "SEQ_2_SEQ_LM" else _encode(task, rows, step, inputs)
 
 
 def _encode(task: Task, rows: Rows, step: Step, inputs: Sequence[str]) -> Answers:
@@ -185,6 +187,24 @@ def _continue(rows: Rows, step: Step) -> Answers:
     return Answers(outputs, chosen)
 
 
+def _translate(rows: Rows, step: Step) -> Answers:
+    """A padded batch through the encoder and a few tokens of the decoder, and a greedy continuation of a long row."""
+    ids, mask = _padded(rows.short, rows.pad, left=False)
+    found = step({"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :3]})
+    outputs = [found.pop("logits")]
+    outputs.append(step({**found, "attention_mask": mask, "decoder_input_ids": ids[:, 3:4]})["logits"])
+    ids, mask = _padded([rows.long], rows.pad, left=False)
+    feeds = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": np.full((1, 1), rows.pad, np.int64)}
+    chosen: list[int] = []
+    for _ in range(STEPS):
+        found = step(feeds)
+        logits = found.pop("logits")[:, -1]
+        outputs += [] if chosen else [logits]
+        chosen.append(int(logits.argmax()))
+        feeds = {**found, "attention_mask": mask, "decoder_input_ids": np.array([chosen[-1:]])}
+    return Answers(outputs, chosen)
+
+
 def _padded(batch: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[Array, Array]:
     """Ids and mask, both (rows, longest) int64."""
     longest = max(map(len, batch))
@@ -215,22 +235,46 @@ class Session:
         self.session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = [value.name for value in self.session.get_outputs()]
+        self.file = f"{path.stem}.onnx_adapter"
         self.activate(None)
 
-    def activate(self, adapter: Path | None) -> None:
-        """Run with this `.onnx_adapter` from now on; None: without."""
+    def activate(self, adapters: Path | None) -> None:
+        """Run with the adapter in this directory from now on; None: without."""
         import onnxruntime
 
         self.options = onnxruntime.RunOptions()
-        if adapter is not None:
+        if adapters is not None:
             self.adapter = onnxruntime.LoraAdapter()  # kept: the options only point to it
-            self.adapter.Load(str(adapter))
+            self.adapter.Load(str(adapters / self.file))
             self.options.add_active_adapter(self.adapter)
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         given = {name: tensor for name, tensor in feeds.items() if name in self.inputs}
         given |= {name: _empty(value, feeds) for name, value in self.inputs.items() if name not in given}
         return dict(zip(self.outputs, self.session.run(None, given, self.options), strict=True))
+
+
+class Sessions:
+    """An encoder and its decoder."""
+
+    def __init__(self, encoder: Path, decoder: Path) -> None:
+        self.encoder, self.decoder = Session(encoder), Session(decoder)
+
+    def activate(self, adapters: Path | None) -> None:
+        """Run with the two adapters of this directory from now on; None: without."""
+        self.encoder.activate(adapters)
+        self.decoder.activate(adapters)
+
+    def __call__(self, feeds: Feeds) -> dict[str, Any]:
+        hidden = feeds.get("encoder_hidden_states")
+        if hidden is None:
+            hidden = self.encoder(feeds)["last_hidden_state"]
+        given = {
+            **_past(feeds),
+            "input_ids": feeds["decoder_input_ids"],
+            "encoder_attention_mask": feeds["attention_mask"],
+        }
+        return {**self.decoder({**given, "encoder_hidden_states": hidden}), "encoder_hidden_states": hidden}
 
 
 def _empty(value: Any, feeds: Feeds) -> Array:
@@ -247,6 +291,11 @@ def torch_step(model: Any, task: Task, inputs: Sequence[str]) -> Step:
     def run(feeds: Feeds) -> dict[str, Any]:
         given = {name: torch.from_numpy(tensor) for name, tensor in feeds.items() if name in inputs}
         with torch.no_grad():
+            if task == "SEQ_2_SEQ_LM":
+                kept = {name: feeds[name] for name in ("encoder_outputs", "past_key_values") if name in feeds}
+                found = model(**given, **kept, use_cache=True)
+                kept = {"encoder_outputs": (found.encoder_last_hidden_state,), "past_key_values": found.past_key_values}
+                return {"logits": found.logits.numpy(), **kept}
             if task == "FEATURE_EXTRACTION":
                 return {"last_hidden_state": model(**given).last_hidden_state.numpy()}
             if task != "CAUSAL_LM":
