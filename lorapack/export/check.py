@@ -7,7 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lorapack.core.adapter import Adapter
-from lorapack.export.empty import model_config
+from lorapack.export.empty import as_input_error, model_config
 from lorapack.export.job import Job
 from lorapack.export.record import Record
 from lorapack.export.reference import reference
@@ -49,7 +49,9 @@ def verify(job: Job, adapter: Adapter, record: Record, graphs: Path, directory: 
         session = Session(graphs / "model.onnx")
     for what, truth in wanted.items():
         session.activate(directory if what == "adapter" else None)
-        figures = compare(truth, answer(job.task, rows, session, inputs), rows)
+        with as_input_error("the graph does not run on every length and batch, so it was not written"):
+            found = answer(job.task, rows, session, inputs)
+        figures = compare(truth, found, rows)
         figures.check(record.dtype, f"the graph ({what})")
         made[what] = figures.as_dict()
     return made
