@@ -1,6 +1,7 @@
 """Exports to ONNX: what ONNX Runtime says is what PEFT says, shared factors stay one tensor, the rest is refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from peft import PeftModel
 from support import BASE, bert, edit, gpt2, llama, lora, refused, run
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     Gemma3ForCausalLM,
@@ -445,3 +447,19 @@ def test_without_onnxruntime_the_command_says_what_to_install(small, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "an export needs onnxruntime: pip install 'lorapack[onnx]'" in refused(done)
+
+
+def test_the_script_in_the_page_runs_without_torch_and_says_what_torch_says(small, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "onnx.md").read_text()
+    script = tmp_path / "generate.py"
+    script.write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(small / "base"), small / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    ids = tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
+    wanted = model.generate(ids, max_new_tokens=40, min_new_tokens=40, do_sample=False, eos_token_id=-1)
+    blocked = "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'transformers', 'peft', 'lorapack']); "
+    arguments = ["generate.py", str(small / "out"), "Once upon a time", str(small / "out" / "model.onnx_adapter")]
+    code = f"{blocked} sys.argv = {arguments}; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip("\n") == tokenizer.decode(wanted[0], skip_special_tokens=True).rstrip("\n")
