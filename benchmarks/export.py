@@ -1,13 +1,14 @@
 """What an export to ONNX costs, and how fast its graph decodes, beside torch, optimum and onnxruntime-genai.
 
-    python benchmarks/onnx.py [--layers 16] [--runs 3] [--peers PYTHON] [-o benchmarks/results/onnx.json]
+    python benchmarks/export.py [--layers 16] [--runs 3] [--peers PYTHON] [-o benchmarks/results/export.json]
 
-The base is a random Llama-shaped checkpoint in bfloat16, the adapter a random LoRA of rank 16 on all its linear layers; all
-graphs are float32. Every run is a process of its own, so the time is what a user waits for and the memory is the
+The base is a random Llama-shaped checkpoint in bfloat16, the adapter a random LoRA of rank 16 on all its linear layers;
+all graphs are float32. Every run is a process of its own, so the time is what a user waits for and the memory is the
 greatest resident size; the runs of the alternatives alternate. PYTHON is the interpreter of an environment with
 optimum-onnx and onnxruntime-genai, which want an older transformers:
 
-    python -m venv peers && peers/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime onnxruntime-genai
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime onnxruntime-genai
 
 They are given the merged checkpoint, so the merge is not in their time. Decoding: one thread, one row, 32 tokens, then
 steps of one; the sessions take turns within one process, onnxruntime-genai's loop has a process of its own after them.
@@ -52,8 +53,8 @@ past = [torch.zeros(2, c.num_key_value_heads, 5, c.hidden_size // c.num_attentio
 os.makedirs(out)
 with torch.no_grad():
     torch.onnx.export(
-        Cached(), (ids, torch.ones(2, 8, dtype=torch.int64), ids.clone(), [t.clone() for t in past]), f"{out}/model.onnx",
-        dynamo=True, external_data=True,
+        Cached(), (ids, torch.ones(2, 8, dtype=torch.int64), ids.clone(), [t.clone() for t in past]),
+        f"{out}/model.onnx", dynamo=True, external_data=True,
         dynamic_shapes=({0: free, 1: free}, {0: free, 1: free}, {0: free, 1: free}, [{0: free, 2: free}] * len(past)),
     )
 """
