@@ -8,6 +8,7 @@ do an encoder's and a decoder's layers.
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
 LORA = re.compile(
@@ -38,6 +39,14 @@ def short_types(modules: list[str]) -> dict[str, str]:
     return short
 
 
-def head_classes(shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """How many outputs a saved classification head has; None where there is none among these tensors."""
-    return min((int(s[0]) for name, s in shapes.items() if name.endswith(_HEADS) and len(s) == 2), default=None)
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def head_classes(carried: Mapping[str, Shaped]) -> int | None:
+    """How many outputs the classification head has that is saved among an adapter's tensors; None for no head."""
+    heads = [t.shape for name, t in carried.items() if name.endswith(_HEADS) and len(t.shape) == 2]
+    return min((int(shape[0]) for shape in heads), default=None)

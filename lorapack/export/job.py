@@ -95,7 +95,7 @@ def _config(base: Base, updates: Updates, task: Task, adapter_at: Path) -> dict[
     config = dict(base.config)
     if task not in LABELLED:
         return config
-    labels = head_classes({name: tensor.shape for name, tensor in updates.carried.items()})
+    labels = head_classes(updates.carried)
     if labels and labels != len(config.get("id2label") or range(2)):
         config["id2label"] = {str(n): f"LABEL_{n}" for n in range(labels)}
         config["label2id"] = {name: int(n) for n, name in config["id2label"].items()}

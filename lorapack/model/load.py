@@ -89,7 +89,7 @@ def load(
     source = base or adapter.base_model
     if not source:
         raise InputError("the adapter names no base model; name it with --base")
-    where = _device(device)
+    where = find_device(device)
     torch_dtype = _dtype(dtype, where)
     revision = adapter.config.get("revision") if base is None else None
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -100,7 +100,7 @@ def load(
             config = transformers.AutoConfig.from_pretrained(source, **options)
             task = _task(adapter, config)
             if task == "SEQ_CLS":
-                config.num_labels = head_classes({n: t.shape for n, t in adapter.carried.items()}) or config.num_labels
+                config.num_labels = head_classes(adapter.carried) or config.num_labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             kind = {
                 "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -216,7 +216,12 @@ def longest(max_length: int | None, config: Any, tokenizer: Any) -> int:
     return max_length or min(LONGEST, possible)
 
 
-def _device(device: Device) -> torch.device:
+def find_device(device: Device) -> torch.device:
+    """The device meant.
+
+    Raises:
+        InputError: CUDA is asked for and there is none.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
