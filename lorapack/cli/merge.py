@@ -10,7 +10,7 @@ from lorapack.cli import options
 @click.command()
 @options.ADAPTER
 @options.OUT
-@click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
+@options.BASE
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),

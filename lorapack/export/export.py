@@ -50,7 +50,7 @@ def export_adapter(
     if separate and dtype == "int8":
         raise InputError("--dtype int8 quantises merged weights; with --separate choose fp32 or fp16")
     from lorapack.export.cache import cached
-    from lorapack.export.files import quantise, write_adapters, write_graph, write_open_graph, write_texts
+    from lorapack.export.files import quantise, write_graph, write_texts
     from lorapack.export.job import read_job
     from lorapack.export.record import RECORD, write_record
 
@@ -62,17 +62,13 @@ def export_adapter(
         job = read_job(adapter, base, revision, dtype, work, in_memory=separate or verify)
         refuse_overlap(out, job.base.directory)
         write_texts(job, directory)
-        record = job.record
-        for name, graph in cached(job.config, job.task, kind, lambda: _trace(directory, job, kind)).items():
-            if separate and job.adapter is not None:
-                record = write_open_graph(job, job.adapter, graph, directory / name, record)
-            else:
-                write_graph(job, graph, directory / name)
+        graphs = cached(job.config, job.task, kind, lambda: _trace(directory, job, kind))
+        record = _write_apart(job, graphs, directory) if separate else job.record
+        for name, graph in graphs.items() if not separate else ():
+            write_graph(job, graph, directory / name)
             if dtype == "int8":
                 quantise(directory / name, work)
         shutil.rmtree(work)
-        if separate and job.adapter is not None:
-            write_adapters(job, job.adapter, record, directory, directory)
         if verify and job.adapter is not None:
             record = _verified(job, record, directory, directory)
         write_record(record, directory)
@@ -100,7 +96,7 @@ def export_further(
         GateError, OutputError: as for `export_adapter`.
     """
     _refuse_missing_packages()
-    from lorapack.export.files import write_adapters
+    from lorapack.export.apart import write_adapters
     from lorapack.export.job import read_job
     from lorapack.export.record import RECORD, read_record, write_record
 
@@ -134,6 +130,18 @@ def _trace(directory: Path, job: "Job", kind: str) -> "dict[str, ir.Model]":
     from lorapack.export.trace import trace_all
 
     return trace_all(directory, job.task, kind)
+
+
+def _write_apart(job: "Job", graphs: "dict[str, ir.Model]", directory: Path) -> "Record":
+    """The graphs of the base and the adapter's files; torch is imported for them."""
+    from lorapack.export.apart import write_adapters, write_open_graph
+
+    assert job.adapter is not None
+    record = job.record
+    for name, graph in graphs.items():
+        record = write_open_graph(job, job.adapter, graph, directory / name, record)
+    write_adapters(job, job.adapter, record, directory, directory)
+    return record
 
 
 def _verified(job: "Job", record: "Record", graphs: Path, directory: Path) -> "Record":

@@ -117,7 +117,7 @@ def read(name: str, source: Source, dtype: str, transposed: bool) -> Array:
     shape = source.entry.shape
     tensor = np.empty(shape[::-1] if transposed else shape, STORED[dtype])
     rows = tensor.T if transposed else tensor.reshape(shape[0] if shape else 1, -1)
-    with open(source.file or "/dev/null", "rb") as file:
+    with open(source.file or os.devnull, "rb") as file:
         at = 0
         for block in blocks(file.fileno(), name, source.entry, dtype, source.change):
             rows[at : at + len(block)] = block
