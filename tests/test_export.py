@@ -336,6 +336,8 @@ def test_a_kept_graph_is_used_again_and_a_damaged_one_made_again(tmp_path, monke
         path.write_bytes(path.read_bytes()[:10])
     assert cached(config, "CAUSAL_LM", "fp32", make)["model.onnx"].graph.inputs[0].name == "w"
     assert len(times) == 4
+    cached(config, "CAUSAL_LM", "fp32", make)
+    assert len(times) == 4, "the damaged one was not replaced"
 
 
 class Stubborn(torch.nn.Module):

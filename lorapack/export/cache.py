@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -76,4 +77,6 @@ def _keep(models: Mapping[str, ir.Model], place: Path) -> None:
         made.mkdir()
         for name, model in models.items():
             ir.save(model, made / name)
+        if not _read(place):  # a damaged one
+            shutil.rmtree(place, ignore_errors=True)
         made.rename(place)

@@ -27,14 +27,18 @@ def find_slots(adapter: Adapter) -> dict[str, Slot]:
         InputError: an embedding or a convolution, which can only be merged.
     """
     users = Counter(pointer.factors for pointer in adapter.modules.values())
+    private = {module for module, pointer in adapter.modules.items() if users[pointer.factors] == 1}
     found = {}
     for module, pointer in adapter.modules.items():
         if adapter.pool[pointer.factors].kind != "linear":
             raise InputError(
                 f"{module} is no linear layer, its factors cannot be kept apart: export without --separate"
             )
-        shared = users[pointer.factors] > 1
-        found[module] = Slot(pointer.factors, shared, *pointer.form) if shared else Slot(module)
+        if module in private:
+            found[module] = Slot(module)
+        else:
+            stem = pointer.factors + (".shared" if pointer.factors in private else "")
+            found[module] = Slot(stem, True, *pointer.form)
     return found
 
 
