@@ -8,7 +8,7 @@ greatest resident size; the runs of the alternatives alternate. PYTHON is the in
 optimum-onnx and onnxruntime-genai, which want an older transformers:
 
     python -m venv peers
-    peers/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime onnxruntime-genai
+    peers/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime onnx-ir onnxruntime-genai
 
 They are given the merged checkpoint, so the merge is not in their time. Decoding: one thread, one row, 32 tokens, then
 steps of one; the sessions take turns within one process, onnxruntime-genai's loop has a process of its own after them.
