@@ -1,14 +1,14 @@
 """What an export to ONNX costs, and how fast its graph decodes, beside torch, optimum and onnxruntime-genai.
 
-    python benchmarks/export.py [--layers 16] [--runs 3] [--peers PYTHON] [-o benchmarks/results/export.json]
+    python benchmarks/export.py [--layers 16] [--runs 3] [--optimum PYTHON] [--genai PYTHON] [-o RESULT.json]
 
 The base is a random Llama-shaped checkpoint in bfloat16, the adapter a random LoRA of rank 16 on all its linear layers;
 all graphs are float32. Every run is a process of its own, so the time is what a user waits for and the memory is the
-greatest resident size; the runs of the alternatives alternate. PYTHON is the interpreter of an environment with
-optimum-onnx and onnxruntime-genai, which want an older transformers:
+greatest resident size; the runs of the alternatives alternate. The peers are given by the interpreters of environments
+of their own, one with an old transformers, one with a new one:
 
-    python -m venv peers
-    peers/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime onnx-ir onnxruntime-genai
+    python -m venv optimum && optimum/bin/pip install torch==2.13.0 'transformers<4.58' optimum-onnx onnxruntime
+    python -m venv genai && genai/bin/pip install torch==2.13.0 transformers onnx-ir onnxruntime onnxruntime-genai
 
 They are given the merged checkpoint, so the merge is not in their time. Decoding: one thread, one row, 32 tokens, then
 steps of one; the sessions take turns within one process, onnxruntime-genai's loop has a process of its own after them.
@@ -130,7 +130,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--layers", type=int, default=16)
     options.add_argument("--runs", type=int, default=3)
-    options.add_argument("--peers", metavar="PYTHON")
+    options.add_argument("--optimum", metavar="PYTHON")
+    options.add_argument("--genai", metavar="PYTHON")
     options.add_argument("-o", "--out", type=Path)
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -149,10 +150,10 @@ def main() -> None:
             "checked": ours(adapter, base, out["checked"]),
             "plain": [sys.executable, "-c", PLAIN, base, adapter, out["plain"]],
         }
-        if given.peers:
+        if given.optimum:
             task = ["--model", merged, "--task", "text-generation-with-past", "--no-post-process"]
             commands["optimum"] = [
-                given.peers,
+                given.optimum,
                 "-m",
                 "optimum.commands.optimum_cli",
                 "export",
@@ -166,12 +167,12 @@ def main() -> None:
             for name, command in commands.items():
                 shutil.rmtree(out[name], ignore_errors=True)
                 runs[name].append(measured(command))
-        graphs = ["second", *(["optimum"] if given.peers else [])]
+        graphs = ["second", *(["optimum"] if given.optimum else [])]
         decode = [sys.executable, "-c", DECODE, str(given.runs), *(out[name] for name in graphs)]
         each = json.loads(subprocess.run(decode, check=True, capture_output=True, text=True).stdout)
         latency = dict(zip(graphs, each, strict=True))
-        if given.peers:
-            latency["onnxruntime-genai"] = genai(given.peers, merged, f"{place}/genai", given.runs)
+        if given.genai:
+            latency["onnxruntime-genai"] = genai(given.genai, merged, f"{place}/genai", given.runs)
         length = Path(f"{base}/model.safetensors").stat().st_size
     rows = {
         name: {"seconds": spread([s for s, _ in each]), "peak_mb": round(max(m for _, m in each), 1)}
