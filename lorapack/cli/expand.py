@@ -20,7 +20,7 @@ from lorapack.errors import InputError
     show_default=True,
     help="The engine that will read it.",
 )
-@click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
+@options.BASE
 @click.option("--as-vera", is_flag=True, help="As PEFT's VeRA instead: what the method vera made.")
 @options.VERIFY
 @options.REVISION

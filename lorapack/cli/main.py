@@ -15,6 +15,7 @@ from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.extract import extract
+from lorapack.cli.export import export
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -55,6 +56,7 @@ for command in (
     extract,
     push,
     pull,
+    export,
 ):
     cli.add_command(command)
 

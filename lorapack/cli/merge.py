@@ -10,7 +10,7 @@ from lorapack.cli import options
 @click.command()
 @click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 @options.OUT
-@click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
+@options.BASE
 @click.option(
     "--weights",
     callback=options.parse_weights,

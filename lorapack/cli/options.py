@@ -72,8 +72,9 @@ VERIFY = click.option(
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
+BASE = click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
 PLACE = together(
-    click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says."),
+    BASE,
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
     click.option(
         "--dtype",
@@ -84,6 +85,7 @@ PLACE = together(
     ),
     click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
 )
+BASE = click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
 MODEL = together(
     PLACE,
     click.option("--max-length", type=int, metavar="N", help="Tokens a row; longer ones are cut. [default: 512]"),

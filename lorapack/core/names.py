@@ -7,11 +7,15 @@ do an encoder's and a decoder's layers.
 """
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
 LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?$"
 )  # a factor's name in a checkpoint
+
+_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classifier.dense.weight")
 
 
 def order(module: str) -> tuple[tuple[int, int, str], ...]:
@@ -33,3 +37,16 @@ def short_types(modules: list[str]) -> dict[str, str]:
         others = {ending for other in types if other != t for ending in endings[other]}
         short[t] = next((ending for ending in endings[t] if ending not in others), t)
     return short
+
+
+class Shaped(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def head_classes(carried: Mapping[str, Shaped]) -> int | None:
+    """How many outputs the classification head has that is saved among an adapter's tensors; None for no head."""
+    heads = [t.shape for name, t in carried.items() if name.endswith(_HEADS) and len(t.shape) == 2]
+    return min((int(shape[0]) for shape in heads), default=None)

@@ -68,31 +68,53 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
     Raises:
         InputError: the type cannot hold a number.
     """
-    if target.start == target.stop:
+    at = target.start
+    for block in blocks(files.source, name, source, target.dtype, what):
+        write(files, block, at)
+        at += block.nbytes
+
+
+def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change) -> Iterator[Array]:
+    """One tensor in blocks of rows, in their order: converted, replaced, added to, scaled to DoRA's magnitudes.
+
+    Args:
+        descriptor: of the open file that holds it.
+        name: for messages.
+        source: where it lies.
+        dtype: of the blocks, as stored (`STORED`).
+        what: the change, an empty one to convert only.
+
+    Yields:
+        (rows, columns), the axes behind the first taken together; overwritten by the next one.
+
+    Raises:
+        InputError: the type cannot hold a number.
+    """
+    if source.start == source.stop:
         return
     left, right = _sides(what)
-    sums = partial(_sums, files, source, what.carried, target.dtype, left, right)
+    sums = partial(_sums, descriptor, source, what.carried, dtype, left, right)
     factors = _magnitudes(what, sums)
     out = spare = np.empty((0, 0))
     for row, values in sums():
         if out.shape[0] < values.shape[0]:
-            out, spare = np.empty(values.shape, STORED[target.dtype]), np.empty((2, *values.shape), np.uint32)
+            out, spare = np.empty(values.shape, STORED[dtype]), np.empty((2, *values.shape), np.uint32)
         if factors is not None:
             values *= factors if factors.shape[0] == 1 else factors[row : row + len(values)]
         try:
-            narrow(values, target.dtype, out[: len(values)], spare[:, : len(values)])
+            narrow(values, dtype, out[: len(values)], spare[:, : len(values)])
         except FloatingPointError:
-            raise InputError(f"{name} has numbers too large for {target.dtype}; choose another --dtype") from None
-        write(files, out[: len(values)], target.start + row * values.shape[1] * out.itemsize)
+            raise InputError(f"{name} has numbers too large for {dtype}; choose another --dtype") from None
+        yield out[: len(values)]
 
 
 def _sums(
-    files: Files, source: Entry, carried: Carried | None, dtype: str, left: Array | None, right: Array | None
+    descriptor: int, source: Entry, carried: Carried | None, dtype: str, left: Array | None, right: Array | None
 ) -> Iterator[tuple[int, Array]]:
     """Blocks of rows of the tensor, with what is added; each only until the next. The first row's number comes along.
 
     Args:
-        files, source: where the tensor is read, unless `carried` takes its place.
+        descriptor, source: where the tensor is read, unless `carried` takes its place.
         dtype: of the result.
         left, right: the matrices whose product is added; None for none.
     """
@@ -106,7 +128,7 @@ def _sums(
     for row in range(0, rows, size):
         n = min(size, rows - row)
         if carried is None:
-            fill(files.source, raw[:n], source.start + row * columns * raw.itemsize)
+            fill(descriptor, raw[:n], source.start + row * columns * raw.itemsize)
         else:
             raw[:n] = carried.read(row * columns, (row + n) * columns).reshape(n, columns)
         widen(raw[:n], stored, values[:n], spare[:n])

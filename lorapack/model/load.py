@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorapack.core.adapter import Adapter
+from lorapack.core.names import head_classes
 from lorapack.data.prepare import Reader
 from lorapack.errors import InputError
 from lorapack.write.form import peft_form
@@ -22,7 +23,6 @@ Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 NAME = "default"
 LONGEST = 512  # tokens a row, unless the user or the model says otherwise
 MOST_LOGITS = 2**27  # half a gigabyte of float32
-_HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classifier.dense.weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def load(
             config = transformers.AutoConfig.from_pretrained(source, **options)
             task = _task(adapter, config)
             if task == "SEQ_CLS":
-                config.num_labels = labels(adapter.carried) or config.num_labels
+                config.num_labels = head_classes(adapter.carried) or config.num_labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             kind = {
                 "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -120,13 +120,13 @@ def load(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     _check_fits(adapter, model, source)
-    attached = _attach(adapter, model.to(where), source)
+    attached = attach(adapter, model.to(where), source)
     modules = dict(attached.base_model.model.named_modules())
     return Loaded(
         model=attached,
         reader=Reader(
             tokenizer,
-            longest=_longest(max_length, config, tokenizer),
+            longest=longest(max_length, config, tokenizer),
             classes=int(model.config.num_labels) if task == "SEQ_CLS" else None,
             label_ids={str(name): int(n) for name, n in (model.config.label2id or {}).items()},
             vocabulary=getattr(model.get_input_embeddings(), "num_embeddings", None),
@@ -138,7 +138,12 @@ def load(
     )
 
 
-def _attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
+def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
+    """PEFT's model of a base with the adapter on it, frozen, in eval mode; `source` is the base's name in messages.
+
+    Raises:
+        InputError: the adapter does not fit.
+    """
     from peft import LoraConfig, PeftModel
     from peft.utils import set_peft_model_state_dict
 
@@ -196,13 +201,12 @@ def _task(adapter: Adapter, config: Any) -> Task:
     return "SEQ_CLS" if task == "SEQ_CLS" else "CAUSAL_LM"
 
 
-def labels(carried: Mapping[str, Tensor]) -> int | None:
-    """How many outputs the classification head has that is saved among an adapter's tensors; None for no head."""
-    heads = [t for name, t in carried.items() if name.endswith(_HEADS) and t.ndim == 2]
-    return min((int(t.shape[0]) for t in heads), default=None)
+def longest(max_length: int | None, config: Any, tokenizer: Any) -> int:
+    """The most tokens a row may have: as asked, or `LONGEST`, or what model and tokenizer take.
 
-
-def _longest(max_length: int | None, config: Any, tokenizer: Any) -> int:
+    Raises:
+        InputError: more was asked than they take, or less than 2.
+    """
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
     possible = min(int(limit) for limit in (*limits, 1_000_000) if limit)
     if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapack.core.names import head_classes
 from lorapack.errors import InputError
-from lorapack.model.load import Device, DType, find_device, labels, quiet
+from lorapack.model.load import Device, DType, find_device, quiet
 from lorapack.read.adapter import read_tensors
 from lorapack.read.files import CONFIG, read_json
 
@@ -124,7 +125,7 @@ def opened(place: Place, kind: Any, device: Device, dtype: DType, trust_remote_c
 
         config = transformers.AutoConfig.from_pretrained(place.source, **options)
         if place.adapter and place.task == "SEQ_CLS":
-            config.num_labels = labels(read_tensors(place.directory)[0]) or config.num_labels
+            config.num_labels = head_classes(read_tensors(place.directory)[0]) or config.num_labels
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a head that no file holds is drawn at random
             model = kind.from_pretrained(place.source, config=config, dtype="auto", **options)
