@@ -94,7 +94,7 @@ class Report:
         plan: what was decided, and why.
         settings: the options that were in force.
         versions: of the libraries.
-        run: what differs from run to run: time stamp, seconds and peak memory a step.
+        run: what differs from run to run: time stamp, seconds and peak memory a step, the command.
         data: sources, columns, parts; with fingerprints of the rows that were used. None without data.
         recovery: settings and the curve, or None.
         quality: on the evaluation rows, or None.
