@@ -119,3 +119,4 @@ def test_the_file_is_found_named_or_left_out(tmp_path):
     assert "PEFT LoRA, " in run("--config", "empty.toml", "inspect", ADAPTER, cwd=tmp_path).stdout
     (tmp_path / "cut.toml").write_text("[inspect")
     assert "cut.toml is no TOML" in refused(run("--config", "cut.toml", "inspect", ADAPTER, cwd=tmp_path))
+    assert "no.toml cannot be read" in refused(run("--config", "no.toml", "inspect", ADAPTER, cwd=tmp_path))

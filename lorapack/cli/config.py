@@ -69,11 +69,11 @@ def defaults(config: Config, group: click.Group, methods_of: Collection[str]) ->
 
 def _read(path: Path) -> Config | None:
     """None where a `pyproject.toml` has no ``[tool.lorapack]``."""
-    from lorapack.read.files import read_text
-
     try:
-        found = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
         raise InputError(f"{path} is no TOML: {error}") from None
     if path.name != PROJECT:
         return Config(str(path), found)
