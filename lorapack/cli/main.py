@@ -19,6 +19,7 @@ from lorapack.cli.merge import merge
 from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
+from lorapack.cli.report import report
 from lorapack.cli.sweep import sweep
 from lorapack.errors import GateError, InputError
 
@@ -40,8 +41,9 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
         ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge, config_group):
+for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, report, expand, merge):
     cli.add_command(command)
+cli.add_command(config_group)
 
 
 def main() -> None:
