@@ -200,10 +200,7 @@ def spectra(report: Report) -> dict[str, Chart]:
         )
         values = [value for each in series for _, value, *_ in each.points]
         if values:
-            ranks = linear([1, max(2, len(row.spectrum_before))], 4)
-            found[row.type] = Chart(Axis(1, ranks.high, _whole(ranks)), logarithmic(values, 4), series)
+            last = max(2, len(row.spectrum_before), len(row.spectrum_after))
+            whole = tuple(tick for tick in linear([1, last], 4).ticks if 1 <= tick <= last and tick == int(tick))
+            found[row.type] = Chart(Axis(1, last, whole), logarithmic(values, 4), series)
     return found
-
-
-def _whole(axis: Axis) -> tuple[float, ...]:
-    return tuple(tick for tick in axis.ticks if tick >= 1 and tick == int(tick))
