@@ -51,7 +51,7 @@ def logarithmic(values: Iterable[float], most: int = 6) -> Axis:
     fine = [s * 10.0**p for p in powers for s in STEPS[:3] if low <= s * 10.0**p <= high]
     coarse = [10.0**p for p in powers if low <= 10.0**p <= high]
     ticks = fine if len(fine) <= most or len(coarse) < 2 else coarse
-    return Axis(low, high, tuple(ticks[:: -(-len(ticks) // most)]), log=True)
+    return Axis(low, high, tuple(ticks[:: max(1, -(-len(ticks) // most))]), log=True)
 
 
 def _ends(values: Iterable[float]) -> Sequence[float]:
