@@ -19,7 +19,11 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 METHOD_OPTIONS = {flag(option) for method in METHODS.values() for option in method.options}
 COMMON = {"--help", "--version"}  # click's own
-OTHERS = {"--no-": "the form in general", "--factor": "of the method that docs/methods/adding.md adds"}
+OTHERS = {
+    "--no-": "the form in general",
+    "--factor": "of the method that docs/methods/adding.md adds",
+    "--max-lora-rank": "vLLM's",
+}
 
 
 def options(command: click.Command) -> set[str]:

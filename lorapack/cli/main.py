@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorapack import __version__
+from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
 from lorapack.cli.config import config_group, defaults, find_config
 from lorapack.cli.diff import diff
@@ -21,6 +22,7 @@ from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
 from lorapack.cli.report import report
 from lorapack.cli.sweep import sweep
+from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
@@ -41,9 +43,24 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
         ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, report, expand, merge):
+for command in (
+    compress,
+    inspect,
+    measure,
+    plan,
+    methods,
+    recover,
+    sweep,
+    evaluate,
+    diff,
+    report,
+    expand,
+    compact,
+    merge,
+    verify,
+    config_group,
+):
     cli.add_command(command)
-cli.add_command(config_group)
 
 
 def main() -> None:
