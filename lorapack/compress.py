@@ -13,7 +13,7 @@ import lorapack
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import STORES, Store
 from lorapack.core.plan import Plan, check, cuts_ranks, parameters
-from lorapack.core.report import VERSION, Report, type_rows
+from lorapack.core.report import VERSION, Report, breakdown
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.data.split import SAMPLE
@@ -264,6 +264,7 @@ def make_report(
     steps: Steps,
 ) -> Report:
     """What can be said without data."""
+    types, modules = breakdown(adapter, smaller)
     return Report(
         version=VERSION,
         lorapack=lorapack.__version__,
@@ -272,7 +273,8 @@ def make_report(
         adapter={"name": name, "original": digest(adapter), "compressed": digest(smaller)},
         before=size(adapter),
         after=size(smaller),
-        types=type_rows(adapter, smaller),
+        types=types,
+        modules=modules,
         plan=plan,
         settings={"method": plan.method, "parameters_planned": parameters(plan, adapter), **settings},
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},

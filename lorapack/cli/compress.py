@@ -91,7 +91,9 @@ def compress(
             stop=on_signal,
             **settings,
         )
-        report = replace(made.report, gates=judge(gates, made.report.after, made.report.quality))
+        told = judge(gates, made.report.after, made.report.quality)
+        run = {**made.report.run, "command": options.spelled(click.get_current_context())}
+        report = replace(made.report, gates=told, run=run)
         put_adapter(made.adapter, directory, report=report)
     if as_json:
         click.echo(Path(out, REPORT).read_text(), nl=False)

@@ -7,11 +7,13 @@ from safetensors.torch import save_file
 from lorapack.core import plan as plans
 from lorapack.core import report as reports
 from lorapack.core import statistics as moments
+from lorapack.core.checked import parse
 from lorapack.core.plan import Plan
 from lorapack.core.report import Report
 from lorapack.core.statistics import Statistics
 from lorapack.read.adapter import REPORT
 from lorapack.read.files import read_safetensors, read_text
+from lorapack.sweep import Point
 from lorapack.write.file import new_file
 
 
@@ -27,6 +29,11 @@ def read_report(directory: Path) -> Report | None:
     """The report beside an adapter, where there is one."""
     path = directory / REPORT
     return reports.from_json(read_text(path), str(path)) if path.exists() else None
+
+
+def read_points(path: str) -> tuple[Point, ...]:
+    """What `lorapack sweep --json` printed."""
+    return parse(tuple[Point, ...], read_text(Path(path)), path)
 
 
 def write_statistics(statistics: Statistics, path: str, overwrite: bool) -> None:

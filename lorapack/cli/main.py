@@ -10,12 +10,13 @@ import click
 from lorapack import __version__
 from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
+from lorapack.cli.config import config_group, defaults, find_config
 from lorapack.cli.convert import convert
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
-from lorapack.cli.extract import extract
 from lorapack.cli.export import export
+from lorapack.cli.extract import extract
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -24,18 +25,27 @@ from lorapack.cli.plan import plan
 from lorapack.cli.pull import pull
 from lorapack.cli.push import push
 from lorapack.cli.recover import recover
+from lorapack.cli.report import report
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
+HELP = ["-h", "--help"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(context_settings={"help_option_names": HELP, "max_content_width": 100})
 @click.version_option(__version__, prog_name="lorapack")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.option("--config", metavar="FILE", help="Defaults of options.  [default: lorapack.toml, pyproject.toml]")
+@click.pass_context
+def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
+    if ctx.invoked_subcommand == config_group.name or set(HELP) & set(sys.argv):  # they work beside a bad file too
+        return
+    found = find_config(config)
+    if found is not None:
+        ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
 
 
 for command in (
@@ -48,15 +58,17 @@ for command in (
     sweep,
     evaluate,
     diff,
+    report,
     expand,
     compact,
     merge,
     verify,
     convert,
     extract,
+    export,
     push,
     pull,
-    export,
+    config_group,
 ):
     cli.add_command(command)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from lorapack.errors import InputError
 
@@ -58,6 +59,25 @@ def parse_bytes(_: click.Context, __: click.Parameter, value: str | None) -> int
         return int(float(value[: len(value) - len(unit)]) * UNITS.get(unit, 1))
     except (ValueError, OverflowError):
         raise InputError(f"--max-bytes {value!r} is not a size like 200KB") from None
+
+
+def spelled(ctx: click.Context) -> list[str]:
+    """The command in words that do the same again: what was typed, and what a file gave."""
+    words = ["lorapack", str(ctx.info_name)]
+    for parameter in ctx.command.params:
+        value, source = ctx.params[str(parameter.name)], ctx.get_parameter_source(str(parameter.name))
+        if isinstance(parameter, click.Argument):
+            words.append(value)
+        elif source is not ParameterSource.DEFAULT and value not in (None, {}):
+            name = max(parameter.opts, key=len)
+            if isinstance(value, bool):
+                words += [name] if value else parameter.secondary_opts
+            else:
+                text = ",".join("=".join(pair) for pair in value.items()) if isinstance(value, dict) else str(value)
+                words += [name, text]
+    for option, text in ctx.params.get("method_options", {}).items():
+        words += ["--" + option.replace("_", "-"), text]
+    return words
 
 
 UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -190,5 +210,14 @@ class MethodCommand(click.Command):
                 raise InputError(f"{name} is no option of this command; one of the method needs a value: {name} VALUE")
             own[name[2:].replace("-", "_")] = given
         rest = super().parse_args(ctx, mine)
-        ctx.params["method_options"] = own
+        _file_yields(ctx, "budget", "retain")
+        in_file = (ctx.default_map or {}).get(ctx.params["method"], {})
+        ctx.params["method_options"] = {**in_file, **own}
         return rest
+
+
+def _file_yields(ctx: click.Context, *names: str) -> None:
+    """Of parameters that exclude each other, what the command line gives sends away what a file gives."""
+    sources = {name: ctx.get_parameter_source(name) for name in names}
+    if ParameterSource.COMMANDLINE in sources.values():
+        ctx.params |= {name: None for name, source in sources.items() if source is ParameterSource.DEFAULT_MAP}

@@ -40,7 +40,7 @@ def recover(
       lorapack recover smaller --teacher my-adapter --data more.jsonl -o better
       lorapack recover my-adapter --rank-dropout 0.5 --data more.jsonl -o to-be-cut
     """
-    from dataclasses import fields
+    from dataclasses import fields, replace
     from pathlib import Path
 
     from lorapack.cli.files import read_report
@@ -53,7 +53,7 @@ def recover(
     from lorapack.write import new_directory, put_adapter
 
     place = find_adapter(adapter, revision)
-    source, report = read_adapter(place), read_report(place)
+    source, earlier = read_adapter(place), read_report(place)
     how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings)})
     inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
     with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path)) as directory:
@@ -62,17 +62,19 @@ def recover(
             data,
             teacher=read_adapter(teacher) if teacher else None,
             settings=how,
-            used=report.used_rows() if report else (),
+            used=earlier.used_rows() if earlier else (),
             name=adapter_name(adapter),
             watch=watch,
             stop=on_signal,
             **settings,
         )
-        put_adapter(made.adapter, directory, report=made.report)
+        run = {**made.report.run, "command": options.spelled(click.get_current_context())}
+        report = replace(made.report, run=run)
+        put_adapter(made.adapter, directory, report=report)
     if as_json:
         click.echo(Path(out, REPORT).read_text(), nl=False)
         return
     from lorapack.cli.show import print_report
 
-    print_report(made.report)
+    print_report(report)
     click.echo(f"Wrote {out}")

@@ -27,3 +27,16 @@ def basis(columns: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(columns, full_matrices=False)
     live: Tensor = u[:, s > s[:1] * FLOOR]
     return live
+
+
+def singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Those of ``B @ A``, falling, (min(r, d_out, d_in),) float64: of the small product of both triangles of a QR.
+
+    Args:
+        b: (d_out, r), any float dtype.
+        a: (r, d_in).
+    """
+    left = torch.linalg.qr(b.double(), mode="r").R
+    right = torch.linalg.qr(a.double().T, mode="r").R
+    found: Tensor = torch.linalg.svdvals(left @ right.T)
+    return found

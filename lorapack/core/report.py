@@ -2,11 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from lorapack.core.adapter import Adapter, Size
+from lorapack.core.linalg import singular_values
 from lorapack.core.names import module_type, short_types
 from lorapack.core.plan import Plan
 from lorapack.errors import InputError
@@ -69,7 +73,15 @@ class GateOutcome:
 
 @dataclass(frozen=True)
 class TypeRow:
-    """One module type before and after."""
+    """One module type before and after.
+
+    Attributes:
+        type: its short name.
+        modules, kept, shared, dropped: how many.
+        parameters_before, parameters_after: a shared pair counts once, for the type it belongs to.
+        spectrum_before, spectrum_after: the root mean square over the type's modules of the first, second, …
+            singular value of their updates ``s B A``; a module that is gone has zeros.
+    """
 
     type: str
     modules: int
@@ -78,6 +90,30 @@ class TypeRow:
     dropped: int
     parameters_before: int
     parameters_after: int
+    spectrum_before: tuple[float, ...] = ()
+    spectrum_after: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleRow:
+    """One module before and after.
+
+    Attributes:
+        module: its name in the base model.
+        type: the short name of its type.
+        rank_before, rank_after: of its update; 0 where it is gone.
+        parameters_before, parameters_after: its own; a pair that it shares counts for none of its modules.
+        energy: the share of the squared singular values of the original update that the first
+            `rank_after` of them hold: the most that a cut to this rank could keep of the weights.
+    """
+
+    module: str
+    type: str
+    rank_before: int
+    rank_after: int
+    parameters_before: int
+    parameters_after: int
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -94,11 +130,12 @@ class Report:
         plan: what was decided, and why.
         settings: the options that were in force.
         versions: of the libraries.
-        run: what differs from run to run: time stamp, seconds and peak memory a step.
+        run: what differs from run to run: time stamp, seconds and peak memory a step, the command.
         data: sources, columns, parts; with fingerprints of the rows that were used. None without data.
         recovery: settings and the curve, or None.
         quality: on the evaluation rows, or None.
         gates: the limits that were asked for, and their outcome.
+        modules: every linear module, lower layers first.
         files: SHA-256 of the configuration and the tensors it was written with, by file name; filled in by the writer.
     """
 
@@ -118,6 +155,7 @@ class Report:
     recovery: Mapping[str, Any] | None = None
     quality: Quality | None = None
     gates: tuple[GateOutcome, ...] = ()
+    modules: tuple[ModuleRow, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
 
     def used_rows(self) -> set[str]:
@@ -126,16 +164,16 @@ class Report:
         return {f for name, part in parts.items() if name != "evaluation" for f in part["fingerprints"]}
 
 
-def type_rows(before: Adapter, after: Adapter) -> tuple[TypeRow, ...]:
-    """Sizes by module type; a shared pair counts once, for the type it belongs to."""
-    short = short_types(before.linear)
-    groups = after.groups
-    rows = []
+def breakdown(before: Adapter, after: Adapter) -> tuple[tuple[TypeRow, ...], tuple[ModuleRow, ...]]:
+    """Sizes, ranks and singular values of the linear modules: by type, and one by one."""
+    spectra = {m: (_spectrum(before, m), _spectrum(after, m)) for m in before.linear}
+    groups, old_groups, short = after.groups, before.groups, short_types(before.linear)
+    types = []
     for kind, name in short.items():
         modules = [m for m in before.linear if module_type(m) == kind]
         left = [m for m in modules if m in after.modules]
         pairs = {after.modules[m].factors for m in left}
-        rows.append(
+        types.append(
             TypeRow(
                 type=name,
                 modules=len(modules),
@@ -145,9 +183,51 @@ def type_rows(before: Adapter, after: Adapter) -> tuple[TypeRow, ...]:
                 parameters_before=sum(before.pool[p].parameters for p in {before.modules[m].factors for m in modules})
                 + _own(before, modules),
                 parameters_after=sum(after.pool[p].parameters for p in pairs) + _own(after, left),
+                spectrum_before=_mean([spectra[m][0] for m in modules]),
+                spectrum_after=_mean([spectra[m][1] for m in modules]),
             )
         )
-    return tuple(rows)
+
+    def row(module: str) -> ModuleRow:
+        rank = after.factors(module).rank if module in after.modules else 0
+        squares = spectra[module][0] ** 2
+        return ModuleRow(
+            module=module,
+            type=short[module_type(module)],
+            rank_before=before.factors(module).rank,
+            rank_after=rank,
+            parameters_before=_alone(before, module, old_groups),
+            parameters_after=_alone(after, module, groups),
+            energy=_rounded(float(squares[:rank].sum() / squares.sum())) if squares.sum() else 1.0,
+        )
+
+    return tuple(types), tuple(map(row, before.linear))
+
+
+def _spectrum(adapter: Adapter, module: str) -> Tensor:
+    """The singular values of ``s B A``, falling; none where the module is gone."""
+    if module not in adapter.modules:
+        return torch.zeros(0, dtype=torch.float64)
+    factors = adapter.factors(module)
+    return singular_values(factors.B, factors.A) * abs(adapter.scale(module))
+
+
+def _mean(spectra: Sequence[Tensor]) -> tuple[float, ...]:
+    """Root mean squares, position by position, a short one filled with zeros."""
+    squares = torch.nn.utils.rnn.pad_sequence([s**2 for s in spectra], batch_first=True)
+    return tuple(_rounded(x) for x in squares.mean(dim=0).sqrt().tolist())
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def _alone(adapter: Adapter, module: str, groups: Collection[str]) -> int:
+    """The parameters of a module that no other has a part in."""
+    if module not in adapter.modules:
+        return 0
+    name = adapter.modules[module].factors
+    return _own(adapter, [module]) + (0 if name in groups else adapter.pool[name].parameters)
 
 
 def _own(adapter: Adapter, modules: list[str]) -> int:

@@ -56,7 +56,15 @@ def find_sources(model: ir.Model, base: Base, updates: Updates, *, merged: bool)
     new = [name for name in carried if not _lies_in(base, in_base[name])]
     found = places([in_base[name] for name in wanted if name not in new], entries, str(base.directory))
     kept = {name: tensor for name, tensor in updates.carried.items() if not any(name in wanted[n].names for n in new)}
-    changes = match(replace(updates, carried=kept), base) if merged else {}
+    changes: Mapping[str, Change] = {}
+    if merged:
+        matched = match(replace(updates, carried=kept), base)
+        if matched.untied:
+            raise InputError(
+                f"the adapter changes {next(iter(matched.untied.values()))}, which the model has at both ends: "
+                "`lorapack merge` unties them; export an adapter of other layers"
+            )
+        changes = matched.changes
     files = {name: shard.path for shard in base.shards.values() for name in shard.entries}
     sources = {}
     for name in wanted:

@@ -294,7 +294,7 @@ def _matrix(model: Base, name: str) -> Tensor:
     """A tensor in float64."""
     _, entry = _entry(model, name)
     values = np.empty(entry.shape, np.float64)
-    widen(_numbers(model, name).reshape(entry.shape), entry.dtype, values)
+    widen(_numbers(model, name).reshape(entry.shape), entry.dtype, values, np.empty(entry.shape, np.uint32))
     return torch.from_numpy(values)
 
 
