@@ -50,6 +50,8 @@ class Settings:
         rank_dropout: the probability with which a rank is off in training; 0 for none.
         rank_mask: whether it is drawn for each ``token`` or for each ``step``.
         checkpointing: compute activations twice and keep few of them.
+        layers: the weight, falling to zero with the steps, of the states between the layers, in which the
+            student is held to the teacher beside the objective (`lorapack.recover.layers`); 0 for none.
     """
 
     steps: int = 100
@@ -59,6 +61,7 @@ class Settings:
     rank_dropout: float = 0.0
     rank_mask: RankMask = "token"
     checkpointing: bool = False
+    layers: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or not self.learning_rate > 0:
@@ -129,7 +132,8 @@ def recover(
     Raises:
         InputError: the loss is not a finite number, or the state is of another recovery.
     """
-    teacher = Teacher(loaded, place(original, loaded.device))
+    inside = settings.layers if settings.objective != "task" else 0.0  # the task has no teacher
+    teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
     trained = student.trained()
     parameters = list(trained.values())
@@ -155,7 +159,8 @@ def recover(
         total, count = 0.0, 0
         for piece in cut(batch, in_memory):
             masks.renew()
-            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective)
+            weight = inside * (1 - at.step / steps)
+            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective, weight)
             total, count = total + value, count + number
         for p in parameters:
             if p.grad is not None:
