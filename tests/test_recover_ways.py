@@ -194,8 +194,28 @@ def test_training_with_masks_makes_the_whole_adapter_lose_less_when_ranks_are_of
     whole = SimpleNamespace(**{**vars(case), "packed": case.original})
     adapter, record = run(whole, {"rank_dropout": 0.5, "steps": 18})
     curve = dict(record.curve)
-    assert record.rank_dropout == 0.5 and curve[record.best] < 0.9 * curve[0]
+    assert record.rank_dropout == 0.5 and record.masked and curve[record.best] < 0.9 * curve[0]
     assert digest(adapter) != digest(case.original)
+
+
+@pytest.mark.parametrize("objective", ["kl", "task", "both"])
+def test_with_masks_the_whole_adapter_does_not_get_worse_on_the_selection_rows(case, objective):
+    held = batches(case.selection, 4096, case.loaded.pad)
+    teacher = Teacher(case.loaded, place(case.original, case.loaded.device))
+    adapter, record = run(case, {"rank_dropout": 0.9, "objective": objective, "learning_rate": 3e-2})
+    assert not record.masked
+    before, now = (
+        measured(case.loaded, place(a, case.loaded.device), teacher, held, objective) for a in (case.packed, adapter)
+    )
+    assert record.curve[0][1] == pytest.approx(before, rel=1e-5)
+    assert now == pytest.approx(dict(record.curve)[record.best], rel=1e-5) and now <= before
+    itself = SimpleNamespace(**{**vars(case), "packed": case.original})
+    if objective == "task":  # without a teacher: what the rows say
+        adapter, record = run(itself, {"rank_dropout": 0.9, "objective": "task", "learning_rate": 3e-2})
+        before, now = (
+            measured(case.loaded, place(a, case.loaded.device), teacher, held, "task") for a in (case.original, adapter)
+        )
+        assert not record.masked and now <= before
 
 
 # The refit.

@@ -78,8 +78,9 @@ class Recovery:
         objective: ``kl``, ``task`` or ``both``.
         steps: taken; `best` is the one whose state was kept, 0 the start.
         curve: (step, objective on the selection rows), the start first.
-        rank_dropout: of the ranks, in training and, with the same masks each time, for the curve.
+        rank_dropout: of the ranks, in training.
         stopped: whether it was asked to stop before its end.
+        masked: whether the curve is with ranks off too, the same each time: where an adapter learns from itself.
     """
 
     objective: str
@@ -90,6 +91,7 @@ class Recovery:
     curve: tuple[tuple[int, float], ...]
     rank_dropout: float = 0.0
     stopped: bool = False
+    masked: bool = False
 
 
 def recover(
@@ -113,7 +115,8 @@ def recover(
     improvement lowers the learning rate, the next one in a row also goes back to the best state, the
     third ends it; so one rate suits language models and small classifiers. Factors that several
     modules point to are one parameter. The start counts as a state, so the objective on the
-    selection rows never gets worse.
+    selection rows never gets worse; it is that of the whole adapter, without rank masks, unless the
+    adapter learns from itself.
 
     Args:
         loaded: the base model.
@@ -146,10 +149,14 @@ def recover(
     masks = Masks(settings.rank_dropout, settings.rank_mask, seed)
     dtypes = [getattr(packed.pool[n] if part in ("A", "B") else packed.modules[n], part).dtype for n, part in trained]
 
+    # an adapter that learns from itself is at no distance from itself but with ranks off; all else is judged whole
+    judged_masked = masks.p > 0 and settings.objective == "kl" and digest(original) == digest(packed)
+
     def check() -> float:
         exact = _state(parameters)
         _restore(parameters, [value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)])  # as it is written
-        found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
+        with nullcontext() if judged_masked else masks.off():
+            found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
         _restore(parameters, exact)
         return found
 
@@ -227,6 +234,7 @@ def recover(
         tuple(at.curve),
         settings.rank_dropout,
         stopped,
+        judged_masked,
     )
     return taken(packed, student) if at.best else packed, record
 
