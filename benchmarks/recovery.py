@@ -12,7 +12,8 @@ labelled tokens.
 
 Tokens a second count the rows' own tokens, not padding, and leave out the first step, in which allocator and caches
 warm up. Beside the wall clock, seconds of the processor are counted, which a busy machine disturbs less. lorapack's
-time includes a look at one selection row after each of these few steps. With `--rows` fewer than steps times rows a
+time includes a look at one selection row after each of these few steps, and the comparison of the states between the
+layers, which the other does not make. With `--rows` fewer than steps times rows a
 step there is more than one epoch, and lorapack remembers the teacher's hidden states.
 """
 

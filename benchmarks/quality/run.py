@@ -178,7 +178,7 @@ def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adap
         here.job.loaded,
         here.job.adapter,
         packed,
-        here.job.prepared.recovery,
+        here.job.prepared.to_learn_from,
         here.job.prepared.selection,
         Settings(entry["recovery"], learning_rate=here.task.recovery_rate, batch_size=BATCH, **more),
         seed=here.seed,

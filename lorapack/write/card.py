@@ -190,7 +190,7 @@ def _quality(report: Report) -> list[str]:
         "",
         f"Calibrated on {parts['calibration']['rows']} rows ({parts['calibration']['tokens']:,} tokens) of "
         f"{_code(_sources(report)[0])}"
-        + (f", recovered on {parts['recovery']['rows']}." if report.recovery else ", without recovery."),
+        + (f", recovered on them and {parts['recovery']['rows']} more." if report.recovery else ", without recovery."),
         "",
     ]
 
