@@ -15,7 +15,7 @@ from lorapack.core.plan import Choice, Plan
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import atoms, truncate
+from lorapack.pack.truncate import shares, truncate
 from lorapack.plan.allocate import atom_costs, by_value, refuse_nothing
 from lorapack.plan.method import Method
 
@@ -58,7 +58,7 @@ def plan(
         moments = statistics.modules[m]
         if moments.row_backward is None:
             raise InputError("adaptive needs backward moments: `lorapack measure --method adaptive`, or give --data")
-        values[m] = atoms(adapter.factors(m), metric, moments)[2].tolist()
+        values[m] = shares(adapter.factors(m), metric, moments).tolist()
     costs = atom_costs(adapter)
     if peak is not None:
         if not peak >= 1:
@@ -111,7 +111,7 @@ def _represented(adapter: Adapter, members: Sequence[str], values: Mapping[str, 
     Looked at through the `TOP` largest atoms of each, which keeps the products small; what lies
     beyond them counts as not represented.
     """
-    whole = {m: atoms(adapter.factors(m), "weight")[2].sum() * adapter.scale(m) ** 2 for m in members}
+    whole = {m: shares(adapter.factors(m), "weight").sum() * adapter.scale(m) ** 2 for m in members}
     pairs = [truncate(f, min(TOP, f.rank), "weight")[0] for f in map(adapter.factors, members)]
     q = input_basis(pairs)
     white = torch.eye(q.shape[0], dtype=torch.float64)
