@@ -33,9 +33,10 @@ def plan(
 ) -> Plan:
     """Spend the budget on the rank-one atoms that save the most loss per parameter.
 
-    Atoms and their values are those of the ``fisher`` metric, or of ``loss``. Modules that get none are dropped, or
-    point to one shared rank-one adapter per type and shape where what that saves, by the share of
-    their updates that it can represent, is more than what the same parameters save as private atoms.
+    Atoms and their values are those of the ``fisher`` metric, or of ``loss``, and modules are cut in the
+    same one. Modules that get none are dropped, or point to one shared rank-one adapter per type and
+    shape where what that saves, by the share of their updates that it can represent, is more than what
+    the same parameters save as private atoms.
 
     Args:
         adapter: to plan for.
@@ -83,7 +84,7 @@ def plan(
         choices,
         dict.fromkeys(groups, 1),
         digest(adapter),
-        "fisher",
+        metric,
     )
 
 
