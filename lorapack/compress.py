@@ -11,7 +11,7 @@ from typing import Any
 
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.codes import STORES, Store
+from lorapack.core.codes import STORES, Sparse, Store
 from lorapack.core.plan import Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, type_rows
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
@@ -223,7 +223,13 @@ def compress_adapter(
 def recovered(
     job: Job, smaller: Adapter, how: Settings, refits: bool | None, state: str | None, resume: bool, stop: Stop
 ) -> tuple[Adapter, Refit | None, Recovery | None]:
-    """The refit and the recovery of what a job has made."""
+    """The refit and the recovery of what a job has made.
+
+    Raises:
+        InputError: they would fill the zeros of factors of which single elements are kept.
+    """
+    if (how.steps or refits) and any(isinstance(f.codes, Sparse) for f in smaller.pool.values()):
+        raise InputError("single elements are kept, and the recovery would fill the zeros: give --recover-steps 0")
     data, record, rows = job.prepared, None, job.batch_tokens
     if refits or (refits is None and how.steps and not how.rank_dropout):
         fit_on = [*data.calibration, *data.recovery]

@@ -114,6 +114,12 @@ def test_the_default_cuts_in_the_metric_that_decided_its_ranks(job):
     assert not plans[0].groups and digest(one) == digest(other)
 
 
+def test_single_elements_are_not_recovered_for_that_would_fill_the_zeros(adapter):
+    how = {"method": "snip", "budget": "30%", "options": {"unit": "element"}, "sample": "8", "max_length": 32}
+    with pytest.raises(InputError, match="give --recover-steps 0"):
+        compress_adapter(adapter, str(CALIBRATION), str(BASE), recover_steps=1, **how)
+
+
 def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):
     options = {"metric": "weight"}
     made = compress_adapter(adapter, None, "no such base", method="rank", budget="25%", options=options)
