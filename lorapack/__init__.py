@@ -29,6 +29,7 @@ _PUBLIC = {
     "compress_adapter": "lorapack.compress",
     "describe_adapter": "lorapack.describe",
     "evaluate_adapters": "lorapack.evaluate",
+    "expand_adapter": "lorapack.expand",
     "measure_adapter": "lorapack.measure",
     "merge_adapter": "lorapack.merge.merge",
     "pack_adapter": "lorapack.pack",

@@ -57,6 +57,16 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     return found
 
 
+def find_base_config(source: str | Path) -> Path:
+    """The base model's `config.json`; of one on the Hub that file alone is fetched.
+
+    Raises:
+        InputError: neither a directory nor a repository within reach.
+    """
+    path = Path(source)
+    return (path if path.exists() else _snapshot(str(source), None, ["config.json"])) / "config.json"
+
+
 def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -81,6 +82,19 @@ def attached(model, path: Path, **settings):
         shutil.copy(BASE / name, path / "base")
     adapter = read_adapter(lora(model, path / "adapter", **settings))
     return adapter, load(adapter, str(path / "base"), device="cpu")
+
+
+def assert_adapters_equal(found, expected):
+    """The same modules with the same factors, types, scales and carried tensors; sharing is not looked at."""
+    assert found.modules.keys() == expected.modules.keys()
+    for module in expected.modules:
+        one, two = found.factors(module), expected.factors(module)
+        assert one.A.dtype == two.A.dtype and torch.equal(one.A, two.A), module
+        assert one.B.dtype == two.B.dtype and torch.equal(one.B, two.B), module
+        assert found.scale(module) == pytest.approx(expected.scale(module), rel=1e-12), module
+    assert found.carried.keys() == expected.carried.keys()
+    for name, tensor in expected.carried.items():
+        assert found.carried[name].dtype == tensor.dtype and torch.equal(found.carried[name], tensor), name
 
 
 def edit(path: Path, **changes) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
-from support import bert, edit, gpt2, llama, lora
+from support import assert_adapters_equal, bert, edit, gpt2, llama, lora
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -646,18 +646,6 @@ def test_peft_does_not_load_what_is_damaged(way, damage, compact, tmp_path):
 
 
 # Round trips
-
-
-def assert_adapters_equal(found, expected):
-    assert found.modules.keys() == expected.modules.keys()
-    for module in expected.modules:
-        one, two = found.factors(module), expected.factors(module)
-        assert one.A.dtype == two.A.dtype and torch.equal(one.A, two.A), module
-        assert one.B.dtype == two.B.dtype and torch.equal(one.B, two.B), module
-        assert found.scale(module) == pytest.approx(expected.scale(module), rel=1e-12), module
-    assert found.carried.keys() == expected.carried.keys()
-    for name, tensor in expected.carried.items():
-        assert found.carried[name].dtype == tensor.dtype and torch.equal(found.carried[name], tensor), name
 
 
 SCALES = st.floats(-1e6, 1e6, allow_subnormal=False) | st.sampled_from([0.0, 1.0, 2.0, 1 / 3])

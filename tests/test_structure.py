@@ -14,10 +14,10 @@ from lorapack.core.statistics import Moments, Statistics
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
-CORE = {"errors", "core", "read", "plan", "pack", "write"}
+CORE = {"errors", "core", "read", "plan", "pack", "engines", "write"}
 DATA = {"data"}
-MODEL = {"watch", "model", "measure", "recover", "evaluate"} | DATA
-CORE_LIBRARIES = {"numpy", "pydantic", "safetensors", "torch"}
+MODEL = {"watch", "model", "measure", "recover", "evaluate", "verify"} | DATA
+CORE_LIBRARIES = {"numpy", "pydantic", "regex", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -1,25 +1,50 @@
 """`lorapack expand`."""
 
+from typing import Any
+
 import click
 
 from lorapack.cli import options
+from lorapack.engines import NAMES
+from lorapack.errors import InputError
 
 
 @click.command()
 @options.ADAPTER
 @options.OUT
+@click.option(
+    "--for",
+    "engine",
+    type=click.Choice(NAMES),
+    default="peft",
+    show_default=True,
+    help="The engine that will read it.",
+)
+@click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
 @click.option("--as-vera", is_flag=True, help="As PEFT's VeRA instead: what the method vera made.")
+@options.VERIFY
 @options.REVISION
-def expand(adapter: str, out: str, overwrite: bool, as_vera: bool, revision: str | None) -> None:
-    """Write ADAPTER as plain PEFT LoRA, shared factors repeated for every module."""
-    from lorapack.hub import find_adapter, read_adapter
-    from lorapack.write import new_directory, put_adapter
-    from lorapack.write.vera import put_vera
+def expand(adapter: str, out: str, engine: str, as_vera: bool, revision: str | None, **settings: Any) -> None:
+    """Write ADAPTER as plain PEFT LoRA, as an engine computes it.
 
-    with new_directory(out, overwrite=overwrite, inputs=(adapter,)) as directory:
-        source = read_adapter(find_adapter(adapter, revision))
-        if as_vera:
-            put_vera(source, directory)
-        else:
-            put_adapter(source, directory, expand=True)
-    click.echo(f"Wrote {out}")
+    Shared factors are repeated for every module. What the engine cannot compute is said before anything is written.
+    """
+    from lorapack.hub import find_adapter, read_adapter
+
+    source = find_adapter(adapter, revision)
+    if as_vera:
+        if engine != "peft" or settings["verify"]:
+            raise InputError("--as-vera goes without --for and --verify")
+        from lorapack.write import new_directory
+        from lorapack.write.vera import put_vera
+
+        with new_directory(out, overwrite=settings["overwrite"], inputs=(adapter,)) as directory:
+            put_vera(read_adapter(source), directory)
+        click.echo(f"Wrote {out}")
+        return
+    from lorapack.engines import rules
+    from lorapack.expand import expand_adapter
+
+    written = expand_adapter(read_adapter(source), out, engine, source=source, **settings)
+    found = rules(engine)
+    click.echo(f"Wrote {out} for {found.title} {found.version}\nLoad it with: {found.serve(written, out)}")

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from lorapack import __version__
+from lorapack.cli.compact import compact
 from lorapack.cli.compress import compress
 from lorapack.cli.diff import diff
 from lorapack.cli.evaluate import evaluate
@@ -19,6 +20,7 @@ from lorapack.cli.methods import methods
 from lorapack.cli.plan import plan
 from lorapack.cli.recover import recover
 from lorapack.cli.sweep import sweep
+from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
@@ -31,7 +33,21 @@ def cli(debug: bool) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
 
 
-for command in (compress, inspect, measure, plan, methods, recover, sweep, evaluate, diff, expand, merge):
+for command in (
+    compress,
+    inspect,
+    measure,
+    plan,
+    methods,
+    recover,
+    sweep,
+    evaluate,
+    diff,
+    expand,
+    compact,
+    merge,
+    verify,
+):
     cli.add_command(command)
 
 

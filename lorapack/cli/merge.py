@@ -18,6 +18,7 @@ from lorapack.cli import options
     show_default=True,
     help="Of the result's weights; auto: each as in the base.",
 )
+@options.VERIFY
 @options.REVISION
 def merge(adapter: str, out: str, **settings: Any) -> None:
     """Merge ADAPTER into its base model, from file to file.

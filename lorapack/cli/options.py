@@ -59,9 +59,12 @@ OUT = together(
     click.option("-o", "--out", required=True, metavar="OUT", help="Where to write."),
     click.option("--overwrite", is_flag=True, help="Replace OUT if it exists."),
 )
+VERIFY = click.option(
+    "--verify", is_flag=True, help="Load both and compare their outputs first; exit 3, nothing written, if they differ."
+)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
-MODEL = together(
+PLACE = together(
     click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says."),
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
     click.option(
@@ -71,9 +74,12 @@ MODEL = together(
         show_default=True,
         help="Of the base weights; auto: float32 on the CPU, the checkpoint's on a GPU.",
     ),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
+)
+MODEL = together(
+    PLACE,
     click.option("--max-length", type=int, metavar="N", help="Tokens a row; longer ones are cut. [default: 512]"),
     click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens a batch."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
 )
 ROWS = "Rows: .jsonl .json .csv .parquet .txt, or ID[:CONFIG][:SPLIT]."
 COLUMNS = click.option(

@@ -11,6 +11,7 @@ from lorapack.write.card import shown
 
 if TYPE_CHECKING:
     from lorapack.core.plan import Plan
+    from lorapack.verify import Verification
 
 VARIANTS = ("base", "original", "compressed")
 
@@ -99,3 +100,16 @@ def print_plan(plan: "Plan", planned: int, whole: int) -> None:
         rows.add_row(choice.module, score, action, "" if choice.rank is None else str(choice.rank), choice.reason)
     out.print(rows)
     out.print(f"{planned:,} of {whole:,} parameters ({planned / whole:.1%})")
+
+
+def print_verification(found: "Verification") -> None:
+    rows = table(f"A and B on {found.outputs:,} outputs ({found.dtype})", "", "")
+    allowed = found.tolerance * found.spread
+    rows.add_row("greatest difference", f"{found.greatest:.3g} (allowed {allowed:.3g})")
+    rows.add_row("mean difference", f"{found.mean:.3g}")
+    if found.effect is not None:
+        rows.add_row("mean difference that the adapter makes", f"{found.effect:.3g}")
+    if found.agreement is not None:
+        rows.add_row("same top-1", f"{found.agreement:.1%}")
+    rows.add_row("the same", "yes" if found.same else "no")
+    console().print(rows)

@@ -1,5 +1,6 @@
 """Values that come from outside, checked field by field against a dataclass."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -21,8 +22,12 @@ def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
     Raises:
         InputError: one line that names the field.
     """
+    try:  # in two stages: pydantic's own would copy the whole text into every error
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: Invalid JSON: {error}") from None
     try:
-        return pydantic.TypeAdapter(kind).validate_json(text, extra="forbid")
+        return pydantic.TypeAdapter(kind).validate_python(value, extra="forbid")
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from None
 

@@ -168,6 +168,13 @@ def from_json(text: str, where: str = "report.json") -> Report:
     report = parse(Report, text, where)
     if report.version != VERSION:
         raise InputError(f"{where}: version {report.version}; this lorapack reads version {VERSION}")
+    parts = (report.data or {}).get("parts", {})
+    if not isinstance(parts, Mapping):
+        raise InputError(f"{where}: data.parts: an object is wanted")
+    for name, part in parts.items():
+        used = part.get("fingerprints") if isinstance(part, Mapping) else None
+        if not isinstance(used, list) or not all(isinstance(row, str) for row in used):
+            raise InputError(f"{where}: data.parts.{name}.fingerprints: a list of strings is wanted")
     return report
 
 

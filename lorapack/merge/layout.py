@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorapack.errors import InputError
-from lorapack.read.files import diagnose
+from lorapack.read.files import check_header, diagnose
 
 if TYPE_CHECKING:
     import numpy as np
 
-LARGEST_HEADER = 100_000_000  # bytes, the limit of the format itself
 FLOATS = ("F64", "F32", "F16", "BF16")
 WIDTHS = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 WIDTHS |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2) | dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
@@ -48,25 +47,31 @@ def read_shard(path: Path) -> Shard:
         InputError: cut off, no safetensors file, a Git LFS pointer, or a header that contradicts itself.
     """
     try:
-        with open(path, "rb") as file:
-            length = os.fstat(file.fileno()).st_size
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > min(length - 8, LARGEST_HEADER):
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(size))
-        metadata = header.pop("__metadata__", {})
-        entries = {name: _entry(name, value, 8 + size) for name, value in header.items()}
+        check_header(path)
+        length, data, entries, metadata = _parsed(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
-        raise InputError(diagnose(path, error)) from None
+        raise InputError(diagnose(path, error.with_traceback(None))) from None  # what was parsed can go
     ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
-    at = 8 + size
+    at = data
     for name, entry in ordered.items():
         if entry.start != at:
             raise InputError(f"{path} is no valid safetensors file ({name} begins at byte {entry.start}, not {at})")
         at = entry.stop
     if at != length:
         raise InputError(f"{path} has {length:,} bytes, its header wants {at:,}. Download it again")
-    return Shard(path, 8 + size, ordered, metadata)
+    return Shard(path, data, ordered, metadata)
+
+
+def _parsed(path: Path) -> tuple[int, int, dict[str, Entry], dict[str, str]]:
+    """The file's length, where its data begin, the tensors and the metadata; raises nearly anything."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > length - 8:
+            raise ValueError("its header is too long")
+        header = json.loads(file.read(size))
+    metadata = header.pop("__metadata__", {})
+    return length, 8 + size, {name: _entry(name, value, 8 + size) for name, value in header.items()}, metadata
 
 
 def _entry(name: str, value: Mapping[str, Any], data: int) -> Entry:

@@ -42,6 +42,7 @@ def merge_adapter(
     dtype: Output = "auto",
     revision: str | None = None,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Merged:
     """Write the base model with the adapter merged into it: W + s·B·A, rounded once.
 
@@ -56,8 +57,10 @@ def merge_adapter(
         dtype: of all weights of the result; ``auto``: each as it is in the base.
         revision: of an adapter on the Hub.
         overwrite: replace what an earlier merge wrote.
+        verify: load both and compare their outputs (`lorapack.verify`) before the result gets its name.
 
     Raises:
+        GateError: the result does not say what the adapter on its base says; nothing is kept.
         InputError: an adapter or base that is damaged or quantised, or that do not belong together.
         OutputError: `out` exists or cannot be written.
     """
@@ -87,6 +90,11 @@ def merge_adapter(
             "changed": sorted(changes),
         }
         (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        if verify:
+            from lorapack.verify import demand_same
+            from lorapack.verify import verify as compare
+
+            demand_same(compare(updates_at, directory, place))
         return Merged(len(changes), len(found.entries))
 
 

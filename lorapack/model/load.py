@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorapack.core.adapter import Adapter
 from lorapack.data.prepare import Reader
@@ -89,7 +89,7 @@ def load(
     source = base or adapter.base_model
     if not source:
         raise InputError("the adapter names no base model; name it with --base")
-    where = _device(device)
+    where = find_device(device)
     torch_dtype = _dtype(dtype, where)
     revision = adapter.config.get("revision") if base is None else None
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -100,7 +100,7 @@ def load(
             config = transformers.AutoConfig.from_pretrained(source, **options)
             task = _task(adapter, config)
             if task == "SEQ_CLS":
-                config.num_labels = _labels(adapter) or config.num_labels
+                config.num_labels = labels(adapter.carried) or config.num_labels
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
             kind = {
                 "CAUSAL_LM": transformers.AutoModelForCausalLM,
@@ -196,9 +196,9 @@ def _task(adapter: Adapter, config: Any) -> Task:
     return "SEQ_CLS" if task == "SEQ_CLS" else "CAUSAL_LM"
 
 
-def _labels(adapter: Adapter) -> int | None:
-    """How many outputs the saved classification head has."""
-    heads = [t for name, t in adapter.carried.items() if name.endswith(_HEADS) and t.ndim == 2]
+def labels(carried: Mapping[str, Tensor]) -> int | None:
+    """How many outputs the classification head has that is saved among an adapter's tensors; None for no head."""
+    heads = [t for name, t in carried.items() if name.endswith(_HEADS) and t.ndim == 2]
     return min((int(t.shape[0]) for t in heads), default=None)
 
 
@@ -212,7 +212,12 @@ def _longest(max_length: int | None, config: Any, tokenizer: Any) -> int:
     return max_length or min(LONGEST, possible)
 
 
-def _device(device: Device) -> torch.device:
+def find_device(device: Device) -> torch.device:
+    """The device meant.
+
+    Raises:
+        InputError: CUDA is asked for and there is none.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: this torch sees no CUDA device")
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

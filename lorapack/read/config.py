@@ -1,13 +1,14 @@
 """PEFT's `adapter_config.json`: what of it matters here, and what is refused by name."""
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lorapack.core.checked import parse_value
 from lorapack.errors import InputError
+from lorapack.read.patterns import check_pattern, first_match
 
 COMPACT_TYPE = "LORAPACK"
 
@@ -48,13 +49,23 @@ class LoraSettings:
     revision: str | None = None
     task_type: str | None = None
 
+    @cached_property
+    def _rank(self) -> Callable[[str], float | None]:
+        return first_match(self.rank_pattern or {}, "rank_pattern")
+
+    @cached_property
+    def _alpha(self) -> Callable[[str], float | None]:
+        return first_match(self.alpha_pattern or {}, "alpha_pattern")
+
     def rank(self, module: str) -> int:
-        return int(_pattern_value(self.rank_pattern, module, self.r))
+        found = self._rank(module)
+        return self.r if found is None else int(found)
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
-        alpha = float(_pattern_value(self.alpha_pattern, module, self.lora_alpha))
-        return alpha / (rank**0.5 if self.use_rslora else rank)
+        found = self._alpha(module)
+        alpha = self.lora_alpha if found is None else found
+        return float(alpha) / (rank**0.5 if self.use_rslora else rank)
 
 
 def check_config(config: Mapping[str, Any], where: str) -> LoraSettings:
@@ -93,15 +104,8 @@ def check_config(config: Mapping[str, Any], where: str) -> LoraSettings:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(settings, name) or {}:
             try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(f"{where}: {name} has {pattern!r}, which is no regular expression ({error})") from None
+                check_pattern(pattern)
+            except ValueError as error:
+                shown = pattern if len(pattern) <= 80 else f"{pattern[:80]}…"
+                raise InputError(f"{where}: {name} has {shown!r}, which is no regular expression ({error})") from None
     return settings
-
-
-def _pattern_value(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The first pattern that matches the end of the name, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

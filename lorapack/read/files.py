@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 CONFIG, SAFETENSORS, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 REPORT = "report.json"
 
-LARGEST_JSON = 10_000_000  # bytes; a real adapter_config.json has two thousand
+# bytes of a JSON file, or of a safetensors header (some 60,000 tensors); parsed, it takes up to 27 times as much
+LARGEST_JSON = 6_000_000
 LFS = b"version https://git-lfs"
 
 
@@ -67,10 +69,29 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         InputError: says whether it is cut off, has no valid header, or is an LFS pointer.
     """
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(diagnose(path, error)) from None
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors header that is larger than a model's, before anything reads it.
+
+    Raises:
+        InputError: it is.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if len(start) == 8:
+        (length,) = struct.unpack("<Q", start)
+        if LARGEST_JSON < length <= path.stat().st_size - 8:
+            raise InputError(
+                f"{path} has a header of {length:,} bytes; lorapack reads up to {LARGEST_JSON:,}, "
+                "which is some 60,000 tensors. Split the file"
+            )
 
 
 def diagnose(path: Path, error: Exception) -> str:
@@ -109,6 +130,7 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
     """
     import torch  # here: a merge of safetensors does without it
 
+    _refuse_compressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -128,4 +150,24 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise InputError(f"{path} holds something else than named tensors")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise InputError(f"{path}: {name} claims more numbers than the file holds")
     return dict(state)
+
+
+def _refuse_compressed(path: Path) -> None:
+    """`torch.save` stores its records as they are; compressed ones could unpack to anything.
+
+    Raises:
+        InputError: they unpack to more bytes than the file has.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise InputError(
+                f"{path} is compressed, {unpacked:,} bytes unpacked, which no checkpoint is: nothing was read"
+            )
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return  # the old format of torch.save, or damaged: its reader says so

@@ -1,11 +1,14 @@
 """Write an adapter to a new directory, and prove that it can be read back."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.report import Report, to_json
@@ -16,6 +19,7 @@ from lorapack.write.directory import new_directory
 from lorapack.write.form import compact_form, peft_form
 
 CARD = "README.md"
+DIFFERS = "what was written to {} reads back differently; nothing was kept. Check the disk"
 
 
 def write_adapter(
@@ -39,7 +43,19 @@ def write_adapter(
 
 def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = None, expand: bool = False) -> None:
     """`write_adapter` into a directory that is there, inside a `new_directory` block."""
-    config, tensors = peft_form(adapter) if expand else compact_form(adapter)
+    put_files(directory, *(peft_form(adapter) if expand else compact_form(adapter)))
+    if report is not None:
+        (directory / REPORT).write_text(to_json(report))
+        (directory / CARD).write_text(card(adapter, report))
+    _compare(adapter, read_adapter(directory), directory)
+
+
+def put_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """The two files of a checkpoint, into a directory that is there.
+
+    Raises:
+        OutputError: they cannot be written.
+    """
     (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     path = directory / SAFETENSORS
     try:
@@ -47,10 +63,6 @@ def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = No
     except SafetensorError as error:  # the library wraps the operating system's error in text
         raise OutputError(f"{path.name} cannot be written: {error}") from None
     path.chmod((directory / CONFIG).stat().st_mode)  # the library makes it readable to its owner alone
-    if report is not None:
-        (directory / REPORT).write_text(to_json(report))
-        (directory / CARD).write_text(card(adapter, report))
-    _compare(adapter, read_adapter(directory), directory)
 
 
 def _compare(written: Adapter, found: Adapter, directory: Path) -> None:
@@ -67,4 +79,4 @@ def _compare(written: Adapter, found: Adapter, directory: Path) -> None:
         )
     )
     if not same:
-        raise OutputError(f"what was written to {directory} reads back differently; nothing was kept. Check the disk")
+        raise OutputError(DIFFERS.format(directory))

@@ -1,18 +1,18 @@
 """An adapter on seeded factors as PEFT's own VeRA checkpoint (`lorapack expand --as-vera`)."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.names import PREFIX
 from lorapack.core.seeded import seeded
 from lorapack.errors import InputError, OutputError
-from lorapack.read.adapter import CONFIG, SAFETENSORS
+from lorapack.read.adapter import SAFETENSORS
+from lorapack.write.adapter import DIFFERS, put_files
 
 # of the source's configuration, what means the same in PEFT's VeRA
 KEPT = ("auto_mapping", "base_model_name_or_path", "fan_in_fan_out", "modules_to_save", "revision", "task_type")
@@ -69,10 +69,7 @@ def put_vera(adapter: Adapter, directory: Path) -> None:
         OutputError: what was read back differs.
     """
     config, tensors = vera_form(adapter)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    path = directory / SAFETENSORS
-    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
-    path.chmod((directory / CONFIG).stat().st_mode)  # the library makes it readable to its owner alone
-    found = load_file(path)
+    put_files(directory, config, tensors)
+    found = load_file(directory / SAFETENSORS)
     if found.keys() != tensors.keys() or not all(torch.equal(found[name], t) for name, t in tensors.items()):
-        raise OutputError(f"what was written to {directory} reads back differently; nothing was kept. Check the disk")
+        raise OutputError(DIFFERS.format(directory))

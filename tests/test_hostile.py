@@ -1,0 +1,217 @@
+"""Files made to do harm, and files that are merely broken: one clear error, little memory, nothing run."""
+
+import json
+import random
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+from readers import LORA, PAIRS, READERS
+
+from lorapack.errors import InputError
+from lorapack.read import read_adapter
+from lorapack.read.config import check_config
+from lorapack.read.files import LARGEST_JSON
+from lorapack.read.patterns import SECONDS, first_match
+
+JSON = ["adapter_config", "compact_config", "plan", "report", "base_config", "base_index"]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+
+
+def places(value, path=()):
+    """Every place in a JSON value."""
+    yield path
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, key))
+
+
+def changed(value, path, new):
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+def read(name, data, directory):
+    try:
+        READERS[name].read(data, directory)
+    except InputError as error:
+        assert "\n" not in str(error)
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_good_file_is_read(name, tmp_path):
+    assert read(name, READERS[name].good, tmp_path) is None
+
+
+@pytest.mark.parametrize("name", JSON)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_json_value_in_any_place_is_read_or_refused(name, tmp_path, data):
+    good = json.loads(READERS[name].good)
+    path = data.draw(st.sampled_from(list(places(good))))
+    read(name, json.dumps(changed(good, path, data.draw(values))).encode(), tmp_path)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_bytes_are_read_or_refused(name, tmp_path):
+    rng, good = random.Random(0), READERS[name].good
+    for _ in range(150):
+        spoiled = bytearray(good)
+        at, length = rng.randrange(len(good)), rng.randrange(1, 20)
+        kind = rng.randrange(4)
+        if kind == 0:
+            spoiled[at] = rng.randrange(256)
+        elif kind == 1:
+            del spoiled[at : at + length]
+        elif kind == 2:
+            spoiled[at:at] = spoiled[at : at + length]
+        else:
+            spoiled[at:at] = rng.choice([b"null", b"-1", b"1e999", b"9" * 40, b"[]", b"{}", b'"\\ud800"', b"\x00"])
+        read(name, bytes(spoiled), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [[], {"calibration": 3}, {"calibration": {"rows": 1}}, {"calibration": {"fingerprints": 7}}],
+)
+def test_a_report_whose_rows_are_not_named_is_refused(parts, tmp_path):
+    report = json.loads(READERS["report"].good)
+    report["data"] = {"parts": parts}
+    assert "data.parts" in read("report", json.dumps(report).encode(), tmp_path)
+
+
+# Bombs: small files that would become large in memory.
+
+MEASURE = """
+import sys, tempfile
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from readers import READERS
+from lorapack.errors import InputError
+def now(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+reader, data = READERS[sys.argv[2]], Path(sys.argv[3]).read_bytes()
+reader.read(reader.good, Path(tempfile.mkdtemp(dir=sys.argv[4])))
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = now("VmRSS")
+try:
+    reader.read(data, Path(tempfile.mkdtemp(dir=sys.argv[4])))
+except InputError as error:
+    print("refused:", error)
+print(now("VmHWM") - before)
+"""
+
+
+def headed(header):
+    return struct.pack("<Q", len(header)) + header
+
+
+def wide(size):
+    return b'{"a":[' + b"[]," * (size // 3 - 4) + b"[]]}"
+
+
+def many_tensors(count):
+    one = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    return headed(("{" + ",".join(one % n for n in range(count)) + "}").encode())
+
+
+BOMBS = {
+    "2^60 numbers in one tensor": (
+        ["adapter_safetensors", "base_safetensors"],
+        lambda: headed(b'{"x":{"dtype":"F32","shape":[1073741824,1073741824],"data_offsets":[0,4611686018427387904]}}'),
+    ),
+    "a header longer than any model's": (
+        ["adapter_safetensors", "base_safetensors"],
+        lambda: many_tensors(2 * LARGEST_JSON // 50),
+    ),
+    "as many tensors as a header may have": (["adapter_safetensors"], lambda: many_tensors(LARGEST_JSON // 60)),
+    "a header of empty lists": (["base_safetensors"], lambda: headed(wide(LARGEST_JSON))),
+    "a file of empty lists": (["adapter_config", "plan", "report"], lambda: wide(LARGEST_JSON)),
+    "lists in lists in lists": (["adapter_config", "plan"], lambda: b'{"a":' + b"[" * (LARGEST_JSON // 2) + b"}"),
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize(
+    ("bomb", "reader"), [(bomb, reader) for bomb, (readers, _) in BOMBS.items() for reader in readers]
+)
+def test_a_small_file_stays_small_in_memory(bomb, reader, tmp_path):
+    data = BOMBS[bomb][1]()
+    (tmp_path / "bomb").write_bytes(data)
+    arguments = [str(Path(__file__).parent), reader, str(tmp_path / "bomb"), str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    said, peak = done.stdout.strip().rsplit("\n", 1)
+    assert said.startswith("refused:")
+    assert int(peak) <= 200e6 + len(data)
+
+
+def test_a_tensor_of_one_number_that_claims_to_be_many_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
+    torch.save(PAIRS | {"bias": torch.zeros(1).expand(2**40)}, tmp_path / "adapter_model.bin")
+    assert (tmp_path / "adapter_model.bin").stat().st_size < 10_000
+    with pytest.raises(InputError, match="bias claims more numbers than the file holds"):
+        read_adapter(tmp_path)
+
+
+def test_a_compressed_checkpoint_is_not_unpacked(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
+    torch.save(PAIRS | {"bias": torch.zeros(2**20)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    assert torch.load(tmp_path / "adapter_model.bin", weights_only=True)["bias"].numel() == 2**20, "torch unpacks it"
+    with pytest.raises(InputError, match="is compressed"):
+        read_adapter(tmp_path)
+
+
+# Patterns of module names: regular expressions from the file.
+
+names = st.lists(st.sampled_from(["a", "b", "0", "10", "q_proj", "model"]), min_size=1, max_size=4).map(".".join)
+keys = (
+    names | names.map(re.escape) | names.map(lambda n: "^" + re.escape(n)) | st.sampled_from([".*", "a|b", r"\d+", ""])
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(keys, unique=True, max_size=6), names)
+def test_a_pattern_is_found_as_peft_finds_it(patterns, module):
+    found = first_match({pattern: n for n, pattern in enumerate(patterns)}, "rank_pattern")(module)
+    key = get_pattern_key(patterns, module)  # the name itself where nothing matches
+    assert found == (patterns.index(key) if key in patterns else None)
+
+
+def test_a_pattern_that_would_take_for_ever_is_refused(monkeypatch):
+    monkeypatch.setattr("lorapack.read.patterns.SECONDS", 0.2)
+    settings = check_config(LORA | {"rank_pattern": {"(a|a)+b": 4}}, "adapter_config.json")
+    with pytest.raises(InputError, match="takes too long on the name"):
+        settings.rank("a" * 40)
+    assert SECONDS > 0.2
+
+
+@pytest.mark.parametrize("pattern", ["(", "(" * 5000, "a" * 20_000 + ".", "a{99999999999999999999}"])
+def test_what_is_no_pattern_is_refused(pattern):
+    with pytest.raises(InputError, match="no regular expression"):
+        check_config(LORA | {"rank_pattern": {pattern: 4}}, "adapter_config.json")
