@@ -35,7 +35,7 @@ from lorapack.job import (
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
-from lorapack.pack.store import store_adapter
+from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT
 from lorapack.recover import Recovery, Settings, recover
 from lorapack.recover.mask import RankMask
@@ -156,7 +156,8 @@ def compress_adapter(
         with steps.step("plan"):
             plan = plan or plan_adapter(adapter, statistics, method, budget=budget, store=store, **options)
         with steps.step("pack"):
-            smaller = store_adapter(pack_adapter(adapter, plan, statistics, None, share_init, seed), store)
+            smaller = pack_adapter(adapter, plan, statistics, None, share_init, seed)
+            smaller = store_adapter(smaller, store, sides(adapter, statistics))
         _check_bytes(smaller, most)
         facts = {"share_init": share_init, "store": store, "seed": seed}
         return Compressed(smaller, make_report(adapter, smaller, plan, name, base or "", facts, steps))
@@ -195,7 +196,7 @@ def compress_adapter(
             smaller, refitted, recovery = recovered(job, smaller, how, refit, state, resume, stop)
     if store is not None:
         with steps.step("store"):
-            smaller = store_adapter(smaller, store)
+            smaller = store_adapter(smaller, store, sides(adapter, statistics))
     _check_bytes(smaller, most)
     with steps.step("evaluate"):
         quality = figures(job, prepared.evaluation, smaller)

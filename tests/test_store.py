@@ -19,7 +19,7 @@ from lorapack.core.codes import LOWEST, STORES, Sparse, bytes_of_atom
 from lorapack.describe import describe_adapter
 from lorapack.evaluate import evaluate_adapters
 from lorapack.job import plan_budget
-from lorapack.pack.store import levelled, nearest, on_grid, quantised, rerounded, store_adapter
+from lorapack.pack.store import levelled, nearest, on_grid, quantised, rerounded, side, store_adapter
 from lorapack.pack.truncate import balanced
 from lorapack.write import put_adapter
 
@@ -118,6 +118,42 @@ def test_a_sweep_of_rerounding_never_raises_the_error_and_its_last_step_is_exact
         found = ((target[place] - column @ partner) ** 2).sum(1).argmin()
         best[-1, place] = options[found]
     assert off(after.values) <= off(best) * (1 + 1e-9) + 1e-12
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 100), st.sampled_from(sorted(LOWEST)))
+def test_what_was_measured_weighs_the_error_and_a_sweep_never_raises_it(shape, seed, store):
+    f = factors(*shape, seed=seed)
+    b, a = levelled(f)
+    x = torch.randn(50, shape[2], generator=torch.Generator().manual_seed(seed)).double() * 3.0 ** torch.arange(
+        shape[2]
+    )
+    weigh = side(f.A.double(), f.A.double() @ x.T @ x @ f.A.double().T)
+    moment = weigh(torch.eye(shape[2], dtype=torch.float64))
+    seen = f.A.double() @ moment @ f.A.double().T
+    assert torch.allclose(seen, f.A.double() @ x.T @ x @ f.A.double().T, rtol=1e-6, atol=1e-6 * float(seen.trace()))
+    before, partner = on_grid(b.T, LOWEST[store]), on_grid(a, LOWEST[store]).values
+
+    def off(grid):
+        rest = b @ a - grid.values.T @ partner
+        return float(((rest @ moment) * rest).sum())
+
+    assert off(rerounded(before, a, b, partner, weigh)) <= off(before) * (1 + 1e-9) + 1e-9
+
+
+def test_int4_is_nearer_in_what_the_inputs_meet_where_they_were_measured():
+    f = factors(12, 80, 60)
+    x = torch.randn(500, 60, generator=torch.Generator().manual_seed(1)).double() @ torch.diag(
+        0.9 ** torch.arange(60).double()
+    )
+    h = x @ f.A.double().T
+    known = side(f.A.double(), h.T @ h)
+
+    def off(g):
+        return float(((product(f) - product(g)) @ x.T).square().sum())
+
+    assert off(quantised(f, "int4", known)) < 0.95 * off(quantised(f, "int4"))
+    assert error(f, quantised(f, "int4", known)) > error(f, quantised(f, "int4"))
 
 
 @pytest.mark.parametrize(("store", "most"), [("int8", 2e-4), ("int4", 3e-2)])
