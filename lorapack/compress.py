@@ -233,15 +233,16 @@ def recovered(
         raise InputError("single elements are kept, and the recovery would fill the zeros: give --recover-steps 0")
     data, record, rows = job.prepared, None, job.batch_tokens
     if refits or (refits is None and how.steps and not how.rank_dropout):
-        fit_on = [*data.calibration, *data.recovery]
-        smaller, record = refit_adapter(job.loaded, job.adapter, smaller, fit_on, data.selection, how.objective, rows)
+        smaller, record = refit_adapter(
+            job.loaded, job.adapter, smaller, data.to_learn_from, data.selection, how.objective, rows
+        )
     if not how.steps:
         return smaller, record, None
     smaller, recovery = recover(
         job.loaded,
         job.adapter,
         smaller,
-        data.recovery,
+        data.to_learn_from,
         data.selection,
         how,
         batch_tokens=rows,

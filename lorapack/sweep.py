@@ -120,7 +120,7 @@ def sweep_adapter(
             smaller = packed(job, plan, statistics)
             if recover_steps:
                 smaller = store_adapter(smaller, "fp32" if store else None)
-                rows = (prepared.recovery, prepared.selection)
+                rows = (prepared.to_learn_from, prepared.selection)
                 how = Settings(steps=recover_steps, batch_size=batch_size)
                 smaller, _ = recover(loaded, adapter, smaller, *rows, how, batch_tokens=batch_tokens, seed=seed)
             smaller = store_adapter(smaller, store, sides(adapter, statistics))

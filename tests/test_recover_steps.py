@@ -19,6 +19,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lorapack.core.adapter import Factors
 from lorapack.data.batches import collate, cut
@@ -28,6 +29,8 @@ from lorapack.model import head
 from lorapack.model.head import separable
 from lorapack.model.load import load
 from lorapack.model.point import place, point
+from lorapack.recover import layers
+from lorapack.recover.layers import recorded
 from lorapack.recover.objective import Teacher, backward, measured
 
 SMALL = {
@@ -269,3 +272,51 @@ def test_the_stories_model_is_taken_apart():
 
     loaded = load(read_adapter(BASE.parent / "adapter"), str(BASE), device="cpu")
     assert separable(loaded)
+
+
+def between(case, batch, placed):
+    """The states after every layer at the positions that predict, by transformers' own `output_hidden_states`."""
+    point(case.loaded, placed)
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    wanted = batch.labels[:, 1:] != IGNORED
+    found = []
+    body = case.loaded.base.base_model
+    layers = [m for m in body.modules() if isinstance(m, GradientCheckpointingLayer)]
+    handles = [m.register_forward_hook(lambda *seen: found.append(seen[2])) for m in layers]
+    body(**given)
+    for handle in handles:
+        handle.remove()
+    return [(h if isinstance(h, torch.Tensor) else h[0])[:, :-1][wanted] for h in found]
+
+
+def test_the_gradient_of_the_states_between_the_layers_is_the_plain_one_too(case):
+    gradients(case)
+    teacher = Teacher(case.loaded, case.teacher.placed, layers=True)
+    with torch.no_grad():
+        theirs = between(case, case.batch, case.teacher.placed)
+    ours = between(case, case.batch, case.student)
+    assert len(ours) == 2
+    off = sum(
+        ((mine - their) ** 2).sum(-1).div((their**2).sum(-1)).sum() for mine, their in zip(ours, theirs, strict=True)
+    )
+    (plain(case, "kl") + 3 * off).backward()
+    wanted = gradients(case)
+    backward(case.loaded, case.student, case.teacher, case.batch, "kl")
+    without = gradients(case)
+    for pieces in (False, True):  # the second time with what the teacher kept
+        for piece in cut(case.batch, 40) if pieces else [case.batch]:
+            backward(case.loaded, case.student, teacher, piece, "kl", 3.0)
+        biggest = max(float(g.abs().max()) for g in wanted)
+        found = gradients(case)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-6 * biggest) for a, b in zip(found, wanted, strict=True))
+        assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(without, wanted, strict=True))
+
+
+def test_at_most_so_many_layers_are_compared_evenly_spaced_and_the_last(case, monkeypatch):
+    monkeypatch.setattr(layers, "MOST", 1)
+    with recorded(case.loaded, case.batch, True) as found, torch.no_grad():
+        point(case.loaded, case.student)
+        case.loaded.base.base_model(input_ids=case.batch.input_ids, attention_mask=case.batch.attention_mask)
+    with torch.no_grad():
+        expected = between(case, case.batch, case.student)[-1]
+    assert len(found) == 1 and torch.allclose(found[0], expected)

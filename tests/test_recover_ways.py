@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftModel
 from support import ADAPTER, BASE, CALIBRATION, HELDOUT, attached, refused
 from support import run as command
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -34,6 +35,7 @@ from lorapack.recover.objective import Teacher, backward, measured
 from lorapack.recover.recover import _checkpointing, _optimizer
 from lorapack.recover.refit import fitted, refit
 from lorapack.recovery import recover_adapter
+from lorapack.write import write_adapter
 
 GROUP = [f"model.layers.{n}.mlp.up_proj" for n in (1, 2, 3, 4)]
 
@@ -102,6 +104,22 @@ def test_a_run_that_is_stopped_keeps_the_best_so_far(case):
     now = measured(case.loaded, place(adapter, case.loaded.device), teacher, held, "kl")
     assert now == pytest.approx(min(v for _, v in record.curve), rel=1e-5)
     assert now < record.curve[0][1]
+
+
+def test_shared_factors_stay_one_through_accumulation_stopping_resuming_and_saving(case, tmp_path):
+    state, out = tmp_path / "state", tmp_path / "out"
+    run(case, {"steps": 20}, state=state, batch_tokens=30, **after(10))  # a row at a time, whose gradients add up
+    adapter, record = run(case, {"steps": 20}, state=state, batch_tokens=30, resume=True)
+    assert record.steps == 20 and record.best > 10 and adapter.groups == {"shared.up": GROUP}
+    assert not torch.equal(adapter.pool["shared.up"].A, case.packed.pool["shared.up"].A)
+    write_adapter(adapter, out)
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(BASE), str(out), is_trainable=True)
+    modules = dict(model.base_model.model.named_modules())
+    for first, wanted in (("lora_A", adapter.pool["shared.up"].A), ("lora_B", adapter.pool["shared.up"].B)):
+        assert all(torch.equal(getattr(modules[m], first)["default"].weight, wanted) for m in GROUP)
+    whole, _ = run(case, {"steps": 20})
+    for name, factors in whole.pool.items():
+        assert torch.allclose(adapter.pool[name].B, factors.B, rtol=1e-3, atol=1e-4)  # as with the rows at once
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"how": {"learning_rate": 1e-2}}])
@@ -194,8 +212,28 @@ def test_training_with_masks_makes_the_whole_adapter_lose_less_when_ranks_are_of
     whole = SimpleNamespace(**{**vars(case), "packed": case.original})
     adapter, record = run(whole, {"rank_dropout": 0.5, "steps": 18})
     curve = dict(record.curve)
-    assert record.rank_dropout == 0.5 and curve[record.best] < 0.9 * curve[0]
+    assert record.rank_dropout == 0.5 and record.masked and curve[record.best] < 0.9 * curve[0]
     assert digest(adapter) != digest(case.original)
+
+
+@pytest.mark.parametrize("objective", ["kl", "task", "both"])
+def test_with_masks_the_whole_adapter_does_not_get_worse_on_the_selection_rows(case, objective):
+    held = batches(case.selection, 4096, case.loaded.pad)
+    teacher = Teacher(case.loaded, place(case.original, case.loaded.device))
+    adapter, record = run(case, {"rank_dropout": 0.9, "objective": objective, "learning_rate": 3e-2})
+    assert not record.masked
+    before, now = (
+        measured(case.loaded, place(a, case.loaded.device), teacher, held, objective) for a in (case.packed, adapter)
+    )
+    assert record.curve[0][1] == pytest.approx(before, rel=1e-5)
+    assert now == pytest.approx(dict(record.curve)[record.best], rel=1e-5) and now <= before
+    itself = SimpleNamespace(**{**vars(case), "packed": case.original})
+    if objective == "task":  # without a teacher: what the rows say
+        adapter, record = run(itself, {"rank_dropout": 0.9, "objective": "task", "learning_rate": 3e-2})
+        before, now = (
+            measured(case.loaded, place(a, case.loaded.device), teacher, held, "task") for a in (case.original, adapter)
+        )
+        assert not record.masked and now <= before
 
 
 # The refit.
@@ -295,6 +333,18 @@ def test_a_tokenizer_that_does_not_fit_the_base_is_refused(tmp_path):
     adapter, _ = attached(model, tmp_path, target_modules=["q_proj"])
     with pytest.raises(InputError, match=r"the base model knows 100: they do not belong together"):
         recover_adapter(adapter, str(CALIBRATION), str(tmp_path / "base"), teacher=adapter)
+
+
+def test_a_loss_that_is_no_number_ends_in_one_line_and_nothing_is_written(smaller, tmp_path):
+    given = ("--teacher", ADAPTER, "--steps", 12, "--learning-rate", 1e30, "-o", tmp_path / "out")
+    said = refused(command("recover", smaller, *DATA, *given))
+    assert "recovery: the loss is nan at step" in said and "lower --learning-rate" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_too_long_are_counted_in_the_report(case, smaller):
+    data = from_json((smaller / "report.json").read_text()).data
+    assert data["longest"] == 24 and data["rows_cut"] > 100 and data["tokens_cut"] > 100 * data["rows_cut"]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

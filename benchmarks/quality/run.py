@@ -177,13 +177,13 @@ def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adap
     started = time.time()
     loaded, original, data = here.job.loaded, here.job.adapter, here.job.prepared
     if packed is not original:  # as `compress` does it
-        packed, found = refit(loaded, original, packed, [*data.calibration, *data.recovery], data.selection)
+        packed, found = refit(loaded, original, packed, data.to_learn_from, data.selection)
         entry |= {"refit": found.kept}
     smaller, record = recover(
         loaded,
         original,
         packed,
-        data.recovery,
+        data.to_learn_from,
         data.selection,
         Settings(entry["recovery"], learning_rate=here.task.recovery_rate, batch_size=BATCH, **more),
         seed=here.seed,

@@ -54,7 +54,7 @@ def recover(
 
     place = find_adapter(adapter, revision)
     source, report = read_adapter(place), read_report(place)
-    how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings)})
+    how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings) if f.name in settings})
     inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
     with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path)) as directory:
         made = recover_adapter(

@@ -46,6 +46,11 @@ class Prepared:
     evaluation: list[Encoded]
     facts: dict[str, Any]
 
+    @property
+    def to_learn_from(self) -> list[Encoded]:
+        """The rows of the recovery and the refit: those measured on as well, by which nothing is judged."""
+        return [*self.calibration, *self.recovery]
+
 
 def prepare(
     reader: Reader,

@@ -73,7 +73,9 @@ def logits(loaded: Loaded, placed: Placed | None, found: Features, states: Tenso
     return single(output)
 
 
-def backward(loaded: Loaded, found: Features, chunk: Callable[[slice, Tensor], None]) -> None:
+def backward(
+    loaded: Loaded, found: Features, chunk: Callable[[slice, Tensor], None], beside: Tensor | None = None
+) -> None:
     """The backward pass in two stages: chunk by chunk through the head, then once through the body.
 
     Args:
@@ -81,6 +83,7 @@ def backward(loaded: Loaded, found: Features, chunk: Callable[[slice, Tensor], N
         found: with a graph.
         chunk: given a stretch of the positions and their states, (n, width), it computes its part of the
             loss from them and calls `backward`.
+        beside: a part of the loss that the body alone decides.
     """
     slopes = torch.zeros_like(found.values)
     for part in parts(loaded, found):
@@ -88,8 +91,11 @@ def backward(loaded: Loaded, found: Features, chunk: Callable[[slice, Tensor], N
         chunk(part, states)
         if states.grad is not None:
             slopes[part] = states.grad
-    if found.values.requires_grad:
-        found.values.backward(slopes)  # type: ignore[no-untyped-call]
+    reached = [(found.values, slopes)] if found.values.requires_grad else []
+    if beside is not None and beside.requires_grad:
+        reached.append((beside, torch.ones_like(beside)))
+    if reached:
+        torch.autograd.backward([loss for loss, _ in reached], [slope for _, slope in reached])
 
 
 def parts(loaded: Loaded, found: Features) -> list[slice]:

@@ -25,6 +25,7 @@ class Masks:
         self.p, self.kind, self.seed = p, kind, seed
         self.generator = torch.Generator().manual_seed(seed)
         self._kept: dict[str, Tensor] = {}
+        self._on = True
 
     def renew(self, step: bool = False) -> None:
         """Before every batch that is run, and before every step: draw anew. Until then masks stay, as recomputed
@@ -39,7 +40,7 @@ class Masks:
 
         def hook(module: str) -> Any:
             def forward(layer: Any, _: Any, h: Tensor) -> Tensor | None:
-                if not layer.weight.requires_grad:
+                if not self._on or not layer.weight.requires_grad:
                     return None
                 name = module if self.kind == "token" else student.pointers[module][0]
                 shape = h.shape if self.kind == "token" else h.shape[-1:]
@@ -57,6 +58,15 @@ class Masks:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """For as long as the block runs, nothing is masked."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
 
     def fixed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, each with masks that are the same whenever these batches come by."""

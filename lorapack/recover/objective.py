@@ -13,33 +13,46 @@ from lorapack.model.forward import Predictions, divergences, losses
 from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
 from lorapack.model.point import Placed, point
+from lorapack.recover.layers import compared, distance, recorded
 
 Objective = Literal["kl", "task", "both"]
 MOST_KEPT = 2**28  # bytes of the teacher's hidden states that are kept from one epoch to the next
 
 
 class Teacher:
-    """The original adapter's hidden states of each row; computed once a row, as far as `MOST_KEPT` goes."""
+    """The original adapter's hidden states of each row; computed once a row, as far as `MOST_KEPT` goes.
 
-    def __init__(self, loaded: Loaded, placed: Placed) -> None:
-        self.loaded, self.placed = loaded, placed
-        self._kept: dict[int, Tensor] = {}
+    Args:
+        layers: whether the states between the layers are wanted too.
+    """
+
+    def __init__(self, loaded: Loaded, placed: Placed, layers: bool = False) -> None:
+        self.loaded, self.placed, self.layers = loaded, placed, layers
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._bytes = 0
 
     def values(self, batch: Batch) -> Tensor:
         """The `Features.values` of a batch; the model is left pointing at the teacher."""
+        return self.states(batch)[0]
+
+    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The `values` of a batch and the states between its layers, (layers, n, width); no layers where not wanted."""
         point(self.loaded, self.placed)
         if all(place in self._kept for place in batch.places):
-            return torch.cat([self._kept[place] for place in batch.places])
-        with torch.no_grad(), precision(self.loaded):
+            values, inside = zip(*(self._kept[place] for place in batch.places), strict=True)
+            return torch.cat(values), torch.cat(inside, dim=1)
+        with torch.no_grad(), precision(self.loaded), recorded(self.loaded, batch, self.layers) as between:
             found = features(self.loaded, batch)
+        states = torch.stack(between) if between else found.values.new_zeros(0, len(found.values), 0)
         counts = torch.bincount(found.rows, minlength=len(batch.places)).tolist()
-        for place, of_row in zip(batch.places, torch.split(found.values, counts), strict=True):
-            size = of_row.numel() * of_row.element_size()
+        lengths = compared(self.loaded, batch).sum(1).tolist() if between else counts
+        parts = zip(torch.split(found.values, counts), torch.split(states, lengths, dim=1), strict=True)
+        for place, of_row in zip(batch.places, parts, strict=True):
+            size = sum(t.numel() * t.element_size() for t in of_row)
             if place not in self._kept and self._bytes + size <= MOST_KEPT:
-                self._kept[place] = of_row.clone()
+                self._kept[place] = of_row[0].clone(), of_row[1].clone()
                 self._bytes += size
-        return found.values
+        return found.values, states
 
 
 def measured(
@@ -69,20 +82,27 @@ def measured(
 
 
 def backward(
-    loaded: Loaded, student: Placed, teacher: Teacher, batch: Batch, objective: Objective
+    loaded: Loaded, student: Placed, teacher: Teacher, batch: Batch, objective: Objective, weight: float = 0.0
 ) -> tuple[float, int]:
     """Add the gradient of the *sum* of the objective over a batch to the student's parameters.
 
     In two stages: chunk by chunk through the head, which leaves a gradient in the hidden states, then
     once through the body. The sum, not the mean: what is added up over parts of a batch is divided once.
 
+    Args:
+        weight: of the states between the layers (`lorapack.recover.layers.distance`), which are learnt
+            beside the objective; the teacher has to have them.
+
     Returns:
-        The sum, and over how many predictions it is.
+        The sum of the objective alone, and over how many predictions it is.
     """
-    target = teacher.values(batch) if objective != "task" else None
+    target, theirs_inside = teacher.states(batch) if objective != "task" else (None, None)
     point(loaded, student)
-    with precision(loaded):
+    with precision(loaded), recorded(loaded, batch, weight > 0) as between:
         seen = features(loaded, batch)
+    beside = None
+    if between and theirs_inside is not None:
+        beside = weight * distance(loaded, batch, between, theirs_inside)
     total = 0.0
 
     def chunk(part: slice, states: Tensor) -> None:
@@ -95,7 +115,7 @@ def backward(
         total += float(value.sum(dtype=torch.float64))
         ours.backward(slope)  # type: ignore[no-untyped-call]
 
-    head.backward(loaded, seen, chunk)
+    head.backward(loaded, seen, chunk, beside)
     return total, len(seen)
 
 

@@ -50,6 +50,8 @@ class Settings:
         rank_dropout: the probability with which a rank is off in training; 0 for none.
         rank_mask: whether it is drawn for each ``token`` or for each ``step``.
         checkpointing: compute activations twice and keep few of them.
+        layers: the weight, falling to zero with the steps, of the states between the layers, in which the
+            student is held to the teacher beside the objective (`lorapack.recover.layers`); 0 for none.
     """
 
     steps: int = 100
@@ -59,6 +61,7 @@ class Settings:
     rank_dropout: float = 0.0
     rank_mask: RankMask = "token"
     checkpointing: bool = False
+    layers: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1 or not self.learning_rate > 0:
@@ -75,8 +78,9 @@ class Recovery:
         objective: ``kl``, ``task`` or ``both``.
         steps: taken; `best` is the one whose state was kept, 0 the start.
         curve: (step, objective on the selection rows), the start first.
-        rank_dropout: of the ranks, in training and, with the same masks each time, for the curve.
+        rank_dropout: of the ranks, in training.
         stopped: whether it was asked to stop before its end.
+        masked: whether the curve is with ranks off too, the same each time: where an adapter learns from itself.
     """
 
     objective: str
@@ -87,6 +91,7 @@ class Recovery:
     curve: tuple[tuple[int, float], ...]
     rank_dropout: float = 0.0
     stopped: bool = False
+    masked: bool = False
 
 
 def recover(
@@ -110,7 +115,8 @@ def recover(
     improvement lowers the learning rate, the next one in a row also goes back to the best state, the
     third ends it; so one rate suits language models and small classifiers. Factors that several
     modules point to are one parameter. The start counts as a state, so the objective on the
-    selection rows never gets worse.
+    selection rows never gets worse; it is that of the whole adapter, without rank masks, unless the
+    adapter learns from itself.
 
     Args:
         loaded: the base model.
@@ -129,7 +135,8 @@ def recover(
     Raises:
         InputError: the loss is not a finite number, or the state is of another recovery.
     """
-    teacher = Teacher(loaded, place(original, loaded.device))
+    inside = settings.layers if settings.objective != "task" else 0.0  # the task has no teacher
+    teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
     trained = student.trained()
     parameters = list(trained.values())
@@ -142,10 +149,14 @@ def recover(
     masks = Masks(settings.rank_dropout, settings.rank_mask, seed)
     dtypes = [getattr(packed.pool[n] if part in ("A", "B") else packed.modules[n], part).dtype for n, part in trained]
 
+    # an adapter that learns from itself is at no distance from itself but with ranks off; all else is judged whole
+    judged_masked = masks.p > 0 and settings.objective == "kl" and digest(original) == digest(packed)
+
     def check() -> float:
         exact = _state(parameters)
         _restore(parameters, [value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)])  # as it is written
-        found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
+        with nullcontext() if judged_masked else masks.off():
+            found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
         _restore(parameters, exact)
         return found
 
@@ -155,7 +166,8 @@ def recover(
         total, count = 0.0, 0
         for piece in cut(batch, in_memory):
             masks.renew()
-            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective)
+            weight = inside * (1 - at.step / steps)
+            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective, weight)
             total, count = total + value, count + number
         for p in parameters:
             if p.grad is not None:
@@ -222,6 +234,7 @@ def recover(
         tuple(at.curve),
         settings.rank_dropout,
         stopped,
+        judged_masked,
     )
     return taken(packed, student) if at.best else packed, record
 

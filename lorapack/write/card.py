@@ -89,7 +89,7 @@ def _quality(report: Report) -> list[str]:
         f"{kept} Divergence from the original: {shown(found.divergence)} nats a prediction.",
         "",
         f"Calibrated on {parts['calibration']['rows']} rows ({parts['calibration']['tokens']:,} tokens)"
-        + (f", recovered on {parts['recovery']['rows']}." if report.recovery else ", without recovery."),
+        + (f", recovered on them and {parts['recovery']['rows']} more." if report.recovery else ", without recovery."),
         "",
     ]
 
