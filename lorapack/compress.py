@@ -11,7 +11,7 @@ from typing import Any
 
 import lorapack
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.codes import STORES, Store
+from lorapack.core.codes import STORES, Sparse, Store
 from lorapack.core.plan import Plan, check, cuts_ranks, parameters
 from lorapack.core.report import VERSION, Report, breakdown
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
@@ -35,7 +35,7 @@ from lorapack.job import (
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
-from lorapack.pack.store import store_adapter
+from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT
 from lorapack.recover import Recovery, Settings, recover
 from lorapack.recover.mask import RankMask
@@ -156,7 +156,8 @@ def compress_adapter(
         with steps.step("plan"):
             plan = plan or plan_adapter(adapter, statistics, method, budget=budget, store=store, **options)
         with steps.step("pack"):
-            smaller = store_adapter(pack_adapter(adapter, plan, statistics, None, share_init, seed), store)
+            smaller = pack_adapter(adapter, plan, statistics, None, share_init, seed)
+            smaller = store_adapter(smaller, store, sides(adapter, statistics))
         _check_bytes(smaller, most)
         facts = {"share_init": share_init, "store": store, "seed": seed}
         return Compressed(smaller, make_report(adapter, smaller, plan, name, base or "", facts, steps))
@@ -195,7 +196,7 @@ def compress_adapter(
             smaller, refitted, recovery = recovered(job, smaller, how, refit, state, resume, stop)
     if store is not None:
         with steps.step("store"):
-            smaller = store_adapter(smaller, store)
+            smaller = store_adapter(smaller, store, sides(adapter, statistics))
     _check_bytes(smaller, most)
     with steps.step("evaluate"):
         quality = figures(job, prepared.evaluation, smaller)
@@ -223,7 +224,13 @@ def compress_adapter(
 def recovered(
     job: Job, smaller: Adapter, how: Settings, refits: bool | None, state: str | None, resume: bool, stop: Stop
 ) -> tuple[Adapter, Refit | None, Recovery | None]:
-    """The refit and the recovery of what a job has made."""
+    """The refit and the recovery of what a job has made.
+
+    Raises:
+        InputError: they would fill the zeros of factors of which single elements are kept.
+    """
+    if (how.steps or refits) and any(isinstance(f.codes, Sparse) for f in smaller.pool.values()):
+        raise InputError("single elements are kept, and the recovery would fill the zeros: give --recover-steps 0")
     data, record, rows = job.prepared, None, job.batch_tokens
     if refits or (refits is None and how.steps and not how.rank_dropout):
         smaller, record = refit_adapter(

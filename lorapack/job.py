@@ -21,7 +21,7 @@ from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, module_bases, pack_adapter
-from lorapack.pack.store import store_adapter
+from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT, METHODS, Method
 from lorapack.watch import Watch, unwatched
 
@@ -240,7 +240,8 @@ def _tried(
     ]
     if len(plans) == 1 or not job.prepared.selection:
         return plans[0], None
-    made = [store_adapter(packed(job, plan, statistics), job.store) for plan in plans]
+    of_store = sides(job.adapter, statistics if job.store else None)
+    made = [store_adapter(packed(job, plan, statistics), job.store, of_store) for plan in plans]
     compared = {"original": job.adapter} | {str(n): adapter for n, adapter in enumerate(made)}
     found = scores(job, job.prepared.selection, compared, "try")
     best = min(range(len(plans)), key=lambda n: float(found[str(n)].divergence.sum()))
@@ -275,7 +276,8 @@ def smallest_plan(
         except InputError:  # too small for any plan
             return None
         if seen is None:
-            smaller = store_adapter(packed(job, plan, statistics), job.store)
+            of_store = sides(job.adapter, statistics if job.store else None)
+            smaller = store_adapter(packed(job, plan, statistics), job.store, of_store)
             seen = scores(job, job.prepared.selection, {"compressed": smaller}, "search")["compressed"]
         found = quality(known | {"compressed": seen}, job.loaded.reader.classes, job.seed).retained
         if found is None or found.low is None:

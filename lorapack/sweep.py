@@ -14,7 +14,7 @@ from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed
 from lorapack.measure.moments import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
-from lorapack.pack.store import store_adapter
+from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import METHODS
 from lorapack.recover import Settings, recover
 from lorapack.watch import Watch, unwatched
@@ -123,7 +123,7 @@ def sweep_adapter(
                 rows = (prepared.to_learn_from, prepared.selection)
                 how = Settings(steps=recover_steps, batch_size=batch_size)
                 smaller, _ = recover(loaded, adapter, smaller, *rows, how, batch_tokens=batch_tokens, seed=seed)
-            smaller = store_adapter(smaller, store)
+            smaller = store_adapter(smaller, store, sides(adapter, statistics))
             count = size(smaller).parameters
             quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")
             points.append(Point(text, budget, count, count / whole, quality))

@@ -7,13 +7,14 @@ import pytest
 from support import ADAPTER, BASE, CALIBRATION, FIXTURES, HELDOUT
 
 from lorapack import compress_adapter, read_adapter, sweep_adapter
-from lorapack.core.adapter import size
+from lorapack.core.adapter import digest, size
 from lorapack.core.plan import parameters
 from lorapack.core.report import from_json, to_json
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
 from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, smallest_plan
 from lorapack.model.load import load
+from lorapack.plan import METHODS
 from lorapack.sweep import parse_method
 from lorapack.write.card import card
 
@@ -102,6 +103,21 @@ def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_t
     assert (best.options["peak"], best.options["metric"]) == min(distances, key=distances.get)
     given = {"peak": 1.0, "metric": "loss"}
     assert best_plan(job, statistics, method, limit, given) == method.run(job.adapter, statistics, limit, given)
+
+
+def test_the_default_cuts_in_the_metric_that_decided_its_ranks(job):
+    """Without a limit, and with nothing to share, `loss` is then the method `rank` in that metric."""
+    statistics = measure(job, {"backward"})
+    half = size(job.adapter).parameters // 2
+    plans = [METHODS[name].run(job.adapter, statistics, half, {"metric": "loss"}) for name in ("adaptive", "rank")]
+    one, other = (packed(job, plan, statistics) for plan in plans)
+    assert not plans[0].groups and digest(one) == digest(other)
+
+
+def test_single_elements_are_not_recovered_for_that_would_fill_the_zeros(adapter):
+    how = {"method": "snip", "budget": "30%", "options": {"unit": "element"}, "sample": "8", "max_length": 32}
+    with pytest.raises(InputError, match="give --recover-steps 0"):
+        compress_adapter(adapter, str(CALIBRATION), str(BASE), recover_steps=1, **how)
 
 
 def test_without_data_nothing_is_loaded_and_the_report_says_so(adapter):

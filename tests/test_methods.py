@@ -97,6 +97,45 @@ def test_a_plan_keeps_to_its_budget_and_its_size_is_the_packed_adapters(measured
     assert parameters(plan, adapter) == size(packed).parameters <= float(budget[:-1]) / 100 * size(adapter).parameters
 
 
+@pytest.mark.parametrize("budget", ["60%", "12%"])
+def test_of_all_elements_those_stay_to_which_the_loss_is_most_sensitive_and_the_mask_is_paid_for(measured, budget):
+    (adapter, statistics), (_, of_turned) = measured
+    plan = plan_adapter(adapter, statistics, "snip", budget=budget, unit="element")
+    assert [c.elements for c in plan.choices] == [
+        c.elements for c in plan_adapter(measured[1][0], of_turned, "snip", budget=budget, unit="element").choices
+    ]
+    packed = pack_adapter(adapter, plan, statistics)
+    limit = int(float(budget[:-1]) / 100 * size(adapter).parameters)
+    masks = sum(-(-adapter.factors(m).parameters // 32) for m in packed.modules)
+    left, thrown, kept = [], [], 0
+    for m in adapter.linear:
+        whole = canonical(adapter.factors(m))
+        moments = statistics.modules[m]
+        found = packed.factors(m) if m in packed.modules else Factors(whole.A * 0, whole.B * 0)
+        for old, new, score in ((whole.A, found.A, moments.taylor_a), (whole.B, found.B, moments.taylor_b)):
+            assert torch.equal(new[new != 0], old[new != 0])
+            left += score.abs()[new != 0].tolist()
+            thrown += score.abs()[new == 0].tolist()
+        kept += int((found.A != 0).sum() + (found.B != 0).sum())
+    assert min(left) >= max(thrown)
+    assert limit - max(f.parameters for f in adapter.pool.values()) / 32 - 2 <= kept + masks <= limit
+    assert kept + masks == size(packed).parameters == parameters(plan, adapter)
+    assert size(packed).bytes <= 4 * (kept + masks) < size(packed).bytes + 4 * len(packed.modules)
+
+
+def test_the_keep_rate_is_of_the_elements(measured):
+    adapter, statistics = measured[0]
+    plan = plan_adapter(adapter, statistics, "snip", unit="element", keep="0.5")
+    assert sum(c.elements or 0 for c in plan.choices) == round(size(adapter).parameters / 2)
+    for options in (
+        {"keep": "0.5"},
+        {"keep": "0", "unit": "element"},
+        {"keep": "0.5", "unit": "element", "budget": "9%"},
+    ):
+        with pytest.raises(InputError, match="--keep is a share"):
+            plan_adapter(adapter, statistics, "snip", **options)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_what_it_lacks(measured, name):
     adapter, statistics = measured[0]

@@ -14,7 +14,7 @@ from lorapack.core.statistics import Moments, Statistics
 from lorapack.errors import InputError
 from lorapack.pack.pack import group_bases, pack_adapter
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import atoms, truncate
+from lorapack.pack.truncate import atoms, shares, truncate
 
 METRICS = ("weight", "output", "loss")
 seeds = st.integers(0, 10**6)
@@ -75,10 +75,18 @@ def test_the_fisher_metric_is_a_kronecker_product_of_two_means(pair):
         (one.forward / first + two.forward / second) / 2,
         (one.backward / first + two.backward / second) * (first + second) / 4,
     )
-    b, a, shares = atoms(factors, "loss", mean)
+    b, a, wanted = atoms(factors, "loss", mean)
     c, d, found = atoms(factors, "fisher", both)
-    assert found.tolist() == pytest.approx(shares.tolist(), rel=1e-9, abs=1e-12 * float(shares.sum()))
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-9, abs=1e-12 * float(wanted.sum()))
     assert torch.allclose(b @ a, c @ d, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@given(pairs())
+def test_the_shares_alone_are_those_of_the_atoms(metric, pair):
+    factors, *_ = pair
+    wanted, found = atoms(factors, metric, moments(*pair))[2], shares(factors, metric, moments(*pair))
+    assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-9, abs=1e-12 * float(wanted.sum()))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from support import ADAPTER, BASE, CALIBRATION, HELDOUT, llama, lora, refused, run
 
 from lorapack import Adapter, Factors, InputError, Pointer, compress_adapter, read_adapter, write_adapter
-from lorapack.core.adapter import digest, size
-from lorapack.core.codes import LOWEST, STORES, bytes_of_atom
+from lorapack.core.adapter import decoded, digest, size
+from lorapack.core.codes import LOWEST, STORES, Sparse, bytes_of_atom
 from lorapack.describe import describe_adapter
 from lorapack.evaluate import evaluate_adapters
 from lorapack.job import plan_budget
-from lorapack.pack.store import levelled, nearest, on_grid, quantised, rerounded, store_adapter
+from lorapack.pack.store import levelled, nearest, on_grid, quantised, rerounded, side, store_adapter
 from lorapack.pack.truncate import balanced
 from lorapack.write import put_adapter
 
@@ -45,6 +45,13 @@ def product(f):
 
 def error(f, g):
     return float((product(f) - product(g)).square().sum() / product(f).square().sum())
+
+
+def thinned(f, seed):
+    """About a third of the elements, for the others zeros."""
+    whole = torch.cat([f.A.reshape(-1), f.B.reshape(-1)])
+    mask = torch.rand(whole.numel(), generator=torch.Generator().manual_seed(seed)) < 0.3
+    return decoded(Sparse((f.rank, *f.shape), mask, whole[mask]))
 
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 12), st.integers(1, 12), st.sampled_from([1.0, 0.5, 0.1]))
@@ -113,6 +120,42 @@ def test_a_sweep_of_rerounding_never_raises_the_error_and_its_last_step_is_exact
     assert off(after.values) <= off(best) * (1 + 1e-9) + 1e-12
 
 
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.integers(0, 100), st.sampled_from(sorted(LOWEST)))
+def test_what_was_measured_weighs_the_error_and_a_sweep_never_raises_it(shape, seed, store):
+    f = factors(*shape, seed=seed)
+    b, a = levelled(f)
+    x = torch.randn(50, shape[2], generator=torch.Generator().manual_seed(seed)).double() * 3.0 ** torch.arange(
+        shape[2]
+    )
+    weigh = side(f.A.double(), f.A.double() @ x.T @ x @ f.A.double().T)
+    moment = weigh(torch.eye(shape[2], dtype=torch.float64))
+    seen = f.A.double() @ moment @ f.A.double().T
+    assert torch.allclose(seen, f.A.double() @ x.T @ x @ f.A.double().T, rtol=1e-6, atol=1e-6 * float(seen.trace()))
+    before, partner = on_grid(b.T, LOWEST[store]), on_grid(a, LOWEST[store]).values
+
+    def off(grid):
+        rest = b @ a - grid.values.T @ partner
+        return float(((rest @ moment) * rest).sum())
+
+    assert off(rerounded(before, a, b, partner, weigh)) <= off(before) * (1 + 1e-9) + 1e-9
+
+
+def test_int4_is_nearer_in_what_the_inputs_meet_where_they_were_measured():
+    f = factors(12, 80, 60)
+    x = torch.randn(500, 60, generator=torch.Generator().manual_seed(1)).double() @ torch.diag(
+        0.9 ** torch.arange(60).double()
+    )
+    h = x @ f.A.double().T
+    known = side(f.A.double(), h.T @ h)
+
+    def off(g):
+        return float(((product(f) - product(g)) @ x.T).square().sum())
+
+    assert off(quantised(f, "int4", known)) < 0.95 * off(quantised(f, "int4"))
+    assert error(f, quantised(f, "int4", known)) > error(f, quantised(f, "int4"))
+
+
 @pytest.mark.parametrize(("store", "most"), [("int8", 2e-4), ("int4", 3e-2)])
 def test_quantising_costs_less_than_rounding_to_the_nearest(store, most):
     for decay, gain in ((1.0, 1.01), (0.7, 0.5), (0.4, 0.3)):
@@ -163,10 +206,10 @@ def stored_adapters(draw):
     for number in range(draw(st.integers(1, 4))):
         rank, d_out, d_in, _ = draw(SHAPES)
         f = factors(rank, d_out, d_in, seed=number)
-        store = draw(st.sampled_from([None, "int8", "int4"]))
+        store = draw(st.sampled_from([None, "int8", "int4", "sparse"]))
         users = draw(st.integers(1, 3))
         name = f"layers.0.m{number}" if users == 1 else draw(st.sampled_from(["shared.", "z"])) + str(number)
-        pool[name] = f if store is None else quantised(f, store)
+        pool[name] = f if store is None else thinned(f, number) if store == "sparse" else quantised(f, store)
         for layer in range(users):
             modules[f"layers.{layer}.m{number}"] = Pointer(name, 0.5 + layer)
     carried = draw(st.sampled_from([{}, {"base_model.model.head.bias": torch.arange(3)}]))
@@ -184,8 +227,9 @@ def test_what_is_stored_reads_back_bit_for_bit_in_as_many_bytes_as_it_says(tmp_p
         assert (f.codes is None) == (found.pool[name].codes is None)
         if f.codes is not None:
             again = found.pool[name].codes
-            assert again.store == f.codes.store and torch.equal(again.A, f.codes.A) and torch.equal(again.B, f.codes.B)
-            assert torch.equal(again.scales, f.codes.scales)
+            assert again.store == f.codes.store
+            for part in ("mask", "numbers") if f.codes.store == "sparse" else ("A", "B", "scales"):
+                assert torch.equal(getattr(again, part), getattr(f.codes, part))
     tensors = load_file(out / "adapter_model.safetensors")
     assert sum(t.nbytes for t in tensors.values()) == size(found).bytes + size(found).carried_bytes
     put_adapter(found, plain, expand=True)
@@ -365,6 +409,27 @@ def test_damage_is_refused_by_name(damage, stored, tmp_path):
     if damage is not a_module_that_is_not_targeted:  # PEFT warns of a target without tensors
         with pytest.raises((InputError, RuntimeError, ValueError)):
             by_peft(tmp_path / "damaged")
+
+
+SPARSE_DAMAGE = {
+    "'lorapack.sparse.mask' is missing": lambda t: t.pop("lorapack.sparse.mask"),
+    "lorapack.sparse.mask is torch.uint8 of shape (5,)": lambda t: t.update(
+        {"lorapack.sparse.mask": torch.zeros(5, dtype=torch.uint8)}
+    ),
+    "the unused bits of its last byte are not zeros": lambda t: t["lorapack.sparse.mask"][-1].bitwise_or_(1 << 7),
+    "lorapack.sparse.numbers is torch.float32 of shape": lambda t: t["lorapack.sparse.mask"][0].bitwise_xor_(1),
+    "lorapack.sparse.numbers holds NaN": lambda t: t["lorapack.sparse.numbers"][0].fill_(float("nan")),
+}
+
+
+@pytest.mark.parametrize("message", SPARSE_DAMAGE)
+def test_damage_to_single_elements_is_refused_by_name(message, tmp_path):
+    write_adapter(lone(thinned(factors(2, 8, 7), 0)), tmp_path / "out")  # 30 elements: 2 bits of the last byte unused
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    SPARSE_DAMAGE[message](tensors)
+    save_file(tensors, tmp_path / "out" / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_adapter(tmp_path / "out")
 
 
 def test_the_unused_half_of_the_last_byte_is_a_zero(tmp_path):

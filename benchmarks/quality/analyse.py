@@ -28,7 +28,7 @@ from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import score
 from lorapack.job import chosen_method, measure, packed
 from lorapack.model.point import Placed, place
-from lorapack.pack.truncate import atoms
+from lorapack.pack.truncate import shares as shares_of_atoms
 from lorapack.sweep import parse_method
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -158,7 +158,7 @@ def cross(statistics: Statistics, module: str) -> float:
 
 def error(here: Setting, statistics: Statistics, module: str, metric: Any) -> float:
     """The squared error in a metric of leaving the module out."""
-    return float(atoms(here.job.adapter.factors(module), metric, statistics.modules[module])[2].sum())
+    return float(shares_of_atoms(here.job.adapter.factors(module), metric, statistics.modules[module]).sum())
 
 
 def shares(here: Setting, statistics: Statistics) -> dict[str, float]:

@@ -11,6 +11,7 @@ ARMS = (
     "lora-drop:select=random",
     "weightlora",
     "snip",
+    "snip:unit=element",
     "adalora",
     "tied",
     "vera",

@@ -32,6 +32,7 @@ from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.read import read_adapter
 from lorapack.recover import Settings, recover
+from lorapack.recover.refit import refit
 from lorapack.sweep import parse_method
 
 BATCH = 8  # rows a step of the recovery
@@ -174,12 +175,16 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry) -> Adapter:
 
 def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adapter:
     started = time.time()
+    loaded, original, data = here.job.loaded, here.job.adapter, here.job.prepared
+    if packed is not original:  # as `compress` does it
+        packed, found = refit(loaded, original, packed, data.to_learn_from, data.selection)
+        entry |= {"refit": found.kept}
     smaller, record = recover(
-        here.job.loaded,
-        here.job.adapter,
+        loaded,
+        original,
         packed,
-        here.job.prepared.to_learn_from,
-        here.job.prepared.selection,
+        data.to_learn_from,
+        data.selection,
         Settings(entry["recovery"], learning_rate=here.task.recovery_rate, batch_size=BATCH, **more),
         seed=here.seed,
     )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorapack.core.codes import Codes
+from lorapack.core.codes import Codes, Sparse
 from lorapack.core.names import order
 from lorapack.core.sharing import CoreKind
 from lorapack.errors import InputError
@@ -29,7 +29,7 @@ class Factors:
         A: (rank, d_in); for ``conv`` (rank, channels_in, height, width).
         B: (d_out, rank); for ``conv`` (channels_out, rank, 1, 1).
         kind: the layer it acts on. Only ``linear`` pairs are compressed, the others are carried.
-        codes: where it is stored in few bits, how; A and B are then exactly `Codes.values`.
+        codes: where it is stored in few bits or few elements, how; A and B are then exactly `Codes.values`.
         seed: where A and B are those of `lorapack.core.seeded.seeded`: such a pair is not stored, and
             counts nothing.
     """
@@ -37,7 +37,7 @@ class Factors:
     A: Tensor
     B: Tensor
     kind: Kind = "linear"
-    codes: Codes | None = None
+    codes: Codes | Sparse | None = None
     seed: int | None = None
 
     @property
@@ -51,6 +51,8 @@ class Factors:
 
     @property
     def parameters(self) -> int:
+        if isinstance(self.codes, Sparse):
+            return self.codes.parameters
         return 0 if self.seed is not None else self.A.numel() + self.B.numel()
 
     @property
@@ -63,7 +65,7 @@ class Factors:
         return self.A.numel() * self.A.element_size() + self.B.numel() * self.B.element_size()
 
 
-def decoded(codes: Codes) -> Factors:
+def decoded(codes: Codes | Sparse) -> Factors:
     """The linear pair that the codes stand for, in float32."""
     a, b = codes.values()
     return Factors(a, b, codes=codes)

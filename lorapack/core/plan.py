@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lorapack.core import sharing as ways
 from lorapack.core.adapter import Adapter
+from lorapack.core.codes import sparse_parameters
 from lorapack.core.sharing import Sharing
 from lorapack.errors import InputError
 
@@ -30,6 +31,8 @@ class Choice:
         score: what the method decided on (for lora-drop the normalised importance).
         reason: one phrase for the reader.
         scale: with ``keep`` and ``grow``, a factor on the module's update.
+        elements: with ``keep`` at the full rank, how many elements of the module's `canonical` factors stay, those
+            to which the loss is most sensitive; the others become zeros. None for all.
     """
 
     module: str
@@ -39,6 +42,7 @@ class Choice:
     score: float | None = None
     reason: str = ""
     scale: float = 1.0
+    elements: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,9 @@ def parameters(plan: Plan, adapter: Adapter) -> int:
     for choice in plan.choices:
         if choice.action in ("keep", "grow") and choice.rank is not None:
             pointer = adapter.modules[choice.module]
-            if choice.rank != adapter.pool[pointer.factors].rank:
+            if choice.elements is not None:
+                kept[choice.module] = sparse_parameters(choice.elements, pair(choice.module, choice.rank))
+            elif choice.rank != adapter.pool[pointer.factors].rank:
                 kept[choice.module] = pair(choice.module, choice.rank)
             else:
                 kept[pointer.factors] = adapter.pool[pointer.factors].parameters
@@ -129,6 +135,13 @@ def check(plan: Plan, adapter: Adapter) -> None:
             if choice.rank is None or not least <= choice.rank <= most:
                 does = "keeps" if choice.action == "keep" else "grows to"
                 raise InputError(f"plan: {choice.module} {does} rank {choice.rank}, possible are {least} to {most}")
+            if choice.elements is not None and not (
+                rank == choice.rank and 1 <= choice.elements <= rank * sum(shape) and choice.action == "keep"
+            ):
+                raise InputError(
+                    f"plan: {choice.module} keeps {choice.elements} elements at rank {choice.rank}, possible are 1 to "
+                    f"{rank * sum(shape)} at rank {rank}"
+                )
             if not math.isfinite(choice.scale):
                 raise InputError(f"plan: the scale {choice.scale} of {choice.module} is no finite number")
             if choice.group is not None:

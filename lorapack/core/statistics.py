@@ -69,6 +69,17 @@ class Moments:
     triplets: Tensor | None = None
     omega: Tensor | None = None
 
+    @property
+    def saliency(self) -> Tensor:
+        """``|theta * dloss/dtheta|`` of every element of the canonical factors, A row by row and then B, one dimension.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        if self.taylor_a is None or self.taylor_b is None:
+            raise InputError("snip needs gradients: `lorapack measure --method snip`, or give --data")
+        return torch.cat([self.taylor_a.reshape(-1), self.taylor_b.reshape(-1)]).abs()
+
 
 @dataclass(frozen=True, eq=False)
 class Statistics:

@@ -7,15 +7,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lorapack.core.adapter import Adapter, Factors, Pointer
-from lorapack.core.plan import Metric, Plan, check, cuts_ranks
+from lorapack.core.adapter import Adapter, Factors, Pointer, decoded
+from lorapack.core.codes import Sparse
+from lorapack.core.plan import Choice, Metric, Plan, check, cuts_ranks
 from lorapack.core.seeded import SEEDS, seeded
 from lorapack.core.sharing import Sharing
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.fit import fit, fit_frozen
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import truncate
+from lorapack.pack.truncate import canonical, truncate
 
 ShareInit = Literal["closed", "copy", "fresh"]
 
@@ -53,9 +54,9 @@ def pack_adapter(
     """The adapter that the plan describes.
 
     Kept modules keep their factors bit by bit at full rank and are truncated below it, in the best
-    metric that the statistics allow. Those that grow get rows of A like a new LoRA's, and columns of
-    B that are zero. Dropped modules are gone. The modules of a group point to one
-    pair of factors: the closed form of `share`, a copy of the most important member's (``copy``;
+    metric that the statistics allow; or they keep single elements. Those that grow get rows of A like a
+    new LoRA's, and columns of B that are zero. Dropped modules are gone. The modules of a group point to
+    one pair of factors: the closed form of `share`, a copy of the most important member's (``copy``;
     by score), or a new start (``fresh``: A random, B zero, as LoRA is initialised).
 
     Args:
@@ -84,7 +85,10 @@ def pack_adapter(
         if choice.action not in ("keep", "grow") or choice.rank is None:
             continue
         pointer = adapter.modules[choice.module]
-        if choice.rank == adapter.pool[pointer.factors].rank:  # as it is, and shared if it was
+        if choice.elements is not None:
+            pool[choice.module] = _thinned(adapter.factors(choice.module), choice, statistics)
+            pointer = Pointer(choice.module, pointer.scale)
+        elif choice.rank == adapter.pool[pointer.factors].rank:  # as it is, and shared if it was
             pool[pointer.factors] = adapter.pool[pointer.factors]
         else:
             name = choice.module
@@ -167,6 +171,17 @@ def _cut(adapter: Adapter, module: str, rank: int, statistics: Statistics | None
         return factors
     moments = statistics.modules[module] if statistics is not None else None
     return truncate(factors, rank, metric, moments)[0]
+
+
+def _thinned(factors: Factors, choice: Choice, statistics: Statistics | None) -> Factors:
+    """The elements of the canonical factors to which the loss is most sensitive; zeros for the rest."""
+    if statistics is None:
+        raise InputError(f"plan: which elements {choice.module} keeps needs statistics that were measured for it")
+    plain = canonical(factors)
+    whole = torch.cat([plain.A.reshape(-1), plain.B.reshape(-1)]).float()
+    mask = torch.zeros(whole.numel(), dtype=torch.bool)
+    mask[statistics.modules[choice.module].saliency.topk(choice.elements or 0).indices] = True
+    return decoded(Sparse((plain.rank, *plain.shape), mask, whole[mask]))
 
 
 def _grown(factors: Factors, rank: int, seed: int) -> Factors:

@@ -1,5 +1,6 @@
 """Store factors in fewer bytes (docs/store.md)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,8 @@ from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, decoded
 from lorapack.core.codes import DTYPES, LOWEST, Coded, Codes, Store
+from lorapack.core.linalg import FLOOR
+from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.pack.truncate import atoms, balanced
 
@@ -14,11 +17,61 @@ SWEEPS = 4  # of re-rounding; the error has settled by then
 CLIPS = 40  # scales tried an atom, from the largest number down to a fifth of it
 
 
-def store_adapter(adapter: Adapter, store: Store | None) -> Adapter:
+@dataclass(frozen=True, eq=False)
+class Side:
+    """What is known of the vectors on one side of an update: their second moment, ``c I + Q^T (K - c I) Q``.
+
+    Attributes:
+        q: (k, d) orthonormal rows, the directions that the adapter looked in when it was measured.
+        inside: (k, k) the moment K there.
+        outside: c, its median there, taken for all other directions.
+    """
+
+    q: Tensor
+    inside: Tensor
+    outside: float
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows @ moment``, (n, d) to (n, d)."""
+        seen = rows @ self.q.T
+        return self.outside * rows + (seen @ self.inside - self.outside * seen) @ self.q
+
+
+def side(rows: Tensor, moment: Tensor) -> Side | None:
+    """The second moment C of vectors of which ``rows C rows^T`` was measured; None where nothing was seen.
+
+    Args:
+        rows: (r, d) float64, A for the inputs x, B^T for the loss's derivatives by the outputs.
+        moment: (r, r) float64.
+    """
+    u, s, vt = torch.linalg.svd(rows, full_matrices=False)
+    live = s > s[:1] * FLOOR
+    back = (u[:, live] / s[live]).T
+    inside = back @ moment @ back.T
+    if not live.any() or not float(inside.trace()) > 0:
+        return None
+    return Side(vt[live], inside, float(torch.linalg.eigvalsh(inside).clamp_min(0).median()))
+
+
+Sides = tuple[Side | None, Side | None]
+
+
+def sides(original: Adapter, statistics: Statistics | None) -> dict[str, Sides]:
+    """By module, what the original's statistics say of its inputs and of the derivatives by its outputs."""
+    found: dict[str, Sides] = {}
+    for module, moments in statistics.modules.items() if statistics else ():
+        factors = original.factors(module)
+        derivatives = None if moments.backward is None else side(factors.B.double().T, moments.backward)
+        found[module] = (side(factors.A.double(), moments.forward), derivatives)
+    return found
+
+
+def store_adapter(adapter: Adapter, store: Store | None, known: Mapping[str, Sides] | None = None) -> Adapter:
     """The adapter with its linear factors held in another form; what is carried stays as it is.
 
     Args:
         adapter: unchanged.
+        known: `sides` by module, where there are some; a pair that several modules share has none.
         store: ``fp32``, ``bf16`` and ``fp16`` round to the nearest; ``int8`` and ``int4`` as `quantised`; None
             leaves everything as it is.
 
@@ -37,7 +90,8 @@ def store_adapter(adapter: Adapter, store: Store | None) -> Adapter:
         ):
             return factors
         if store == "int8" or store == "int4":
-            return quantised(factors, store)
+            users = [module for module, pointer in adapter.modules.items() if pointer.factors == name]
+            return quantised(factors, store, *(known or {}).get(users[0] if len(users) == 1 else "", (None, None)))
         return _cast(name, factors, DTYPES[store])
 
     return replace(adapter, pool={name: stored(name, factors) for name, factors in adapter.pool.items()})
@@ -72,17 +126,19 @@ class Grid:
         return self.codes * self.scales
 
 
-def quantised(factors: Factors, store: Coded) -> Factors:
+def quantised(factors: Factors, store: Coded, inputs: Side | None = None, derivatives: Side | None = None) -> Factors:
     """A and B as whole numbers, with a scale for each row of A and each column of B.
 
     1. The product is rewritten in atoms of equal length (`levelled`): the error of rounding is then least.
     2. Every row of A and column of B gets the scale of the least squared error (`on_grid`).
     3. In turns, B's codes are rounded again so that they make up for A's error, and A's for B's
-       (`rerounded`). The error ||BA - B'A'||_F never rises.
+       (`rerounded`). The error ||BA - B'A'||_F never rises, or what is made up for is weighed by what
+       was measured: B's by the inputs that its error meets, A's by the derivatives that its error meets.
 
     Args:
         factors: A (r, d_in), B (d_out, r), any float dtype; computed in float64.
         store: ``int8`` or ``int4``.
+        inputs, derivatives: of d_in and of d_out, None for white.
 
     Returns:
         Factors with codes, A and B in float32 as reading gives them.
@@ -90,8 +146,8 @@ def quantised(factors: Factors, store: Coded) -> Factors:
     target_b, target_a = levelled(factors)
     a, b = on_grid(target_a, LOWEST[store]), on_grid(target_b.T, LOWEST[store])
     for _ in range(SWEEPS):
-        b = rerounded(b, target_a, target_b, a.values)
-        a = rerounded(a, target_b.T, target_a.T, b.values)
+        b = rerounded(b, target_a, target_b, a.values, inputs)
+        a = rerounded(a, target_b.T, target_a.T, b.values, derivatives)
     numbers = a.codes.to(torch.int8), b.codes.T.contiguous().to(torch.int8)
     return decoded(Codes(store, *numbers, torch.cat([a.scales, b.scales], dim=1).to(torch.bfloat16)))
 
@@ -163,19 +219,23 @@ def nearest(rows: Tensor, scales: Tensor, lowest: int) -> Tensor:
     return torch.where(scales != 0, (rows / safe).round().clamp(lowest, -lowest - 1), torch.zeros_like(rows))
 
 
-def rerounded(grid: Grid, other: Tensor, target: Tensor, partner: Tensor) -> Grid:
+def rerounded(grid: Grid, other: Tensor, target: Tensor, partner: Tensor, weigh: Side | None = None) -> Grid:
     """One sweep of coordinate descent over the atoms, the partner fixed.
 
     With X = grid.values^T (m, r) and P = partner (r, d), the least ||target @ other - X P||_F^2: atom by
     atom the best code given all others, ``x_i - ((X P - T) p_i) / |p_i|^2`` rounded, then the best scale.
+    Weighed, the rows of T - X P are measured by the moment C of the vectors that they meet, and p_i
+    is C p_i.
 
     Args:
         grid: (r, m), what is rounded again: B^T, or A.
         other, target: the product aimed at is ``target @ other``, (m, r) @ (r, d).
         partner: (r, d), the rounded factor on the other side.
+        weigh: the moment, (d, d); None for white.
     """
-    gram = partner @ partner.T
-    wanted = (target @ (other @ partner.T)).T  # (r, m): <T, p_i>
+    met = partner if weigh is None else weigh(partner)
+    gram = met @ partner.T
+    wanted = (target @ (other @ met.T)).T  # (r, m): <T, p_i>
     codes, scales = grid.codes.clone(), grid.scales.clone()
     values = grid.values
     for i in range(codes.shape[0]):

@@ -46,28 +46,44 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
         u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
         return qb @ u * s, vt @ qa.T, s**2
     assert moments is not None
-    if metric == "fisher":
-        assert moments.row_forward is not None and moments.row_backward is not None
-        assert moments.token_forward is not None and moments.token_backward is not None
-        inside = a @ a.T
-        of_row, of_token = (float((inside * m).sum()) or 1.0 for m in (moments.row_backward, moments.token_backward))
-        forward = (moments.row_forward / of_row + moments.token_forward / of_token) / 2
-        backward = (moments.row_backward / of_row + moments.token_backward / of_token) / 2
-        return _kronecker(a, b, forward, backward * (of_row + of_token) / 2)
-    left, left_inverse = root(moments.forward)
     if metric == "output":
+        left, left_inverse = root(moments.forward)
         u, s, vt = torch.linalg.svd(b @ left, full_matrices=False)
         return u * s, vt @ left_inverse @ a, s**2
-    assert moments.backward is not None
-    return _kronecker(a, b, moments.forward, moments.backward)
-
-
-def _kronecker(a: Tensor, b: Tensor, forward: Tensor, backward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Atoms that are best in the metric that the product of the two moments is."""
-    left, left_inverse = root(forward)
-    right, right_inverse = root(backward)
+    (left, left_inverse), (right, right_inverse) = map(root, _sides(a, metric, moments))
     u, s, vt = torch.linalg.svd(right.T @ left, full_matrices=False)
     return b @ right_inverse.T @ u * s, vt @ left_inverse @ a, s**2
+
+
+def shares(factors: Factors, metric: Metric, moments: Moments | None = None) -> Tensor:
+    """What `atoms` gives last, alone: a plan needs no vectors, and without them it is a third of the work."""
+    a, b = factors.A.double(), factors.B.double()
+    if metric == "weight":
+        ra, rb = (torch.linalg.qr(m, mode="r")[1] for m in (a.T, b))
+        core = rb @ ra.T
+    elif metric == "output":
+        assert moments is not None
+        core = torch.linalg.qr(b, mode="r")[1] @ root(moments.forward)[0]
+    else:
+        assert moments is not None
+        forward, backward = _sides(a, metric, moments)
+        core = root(backward)[0].T @ root(forward)[0]
+    found: Tensor = torch.linalg.svdvals(core) ** 2
+    return found
+
+
+def _sides(a: Tensor, metric: Metric, moments: Moments) -> tuple[Tensor, Tensor]:
+    """The two moments, (r, r) each, whose Kronecker product is the metric: of h, and of u."""
+    if metric == "loss":
+        assert moments.backward is not None
+        return moments.forward, moments.backward
+    assert moments.row_forward is not None and moments.row_backward is not None
+    assert moments.token_forward is not None and moments.token_backward is not None
+    inside = a @ a.T
+    of_row, of_token = (float((inside * m).sum()) or 1.0 for m in (moments.row_backward, moments.token_backward))
+    forward = (moments.row_forward / of_row + moments.token_forward / of_token) / 2
+    backward = (moments.row_backward / of_row + moments.token_backward / of_token) / 2
+    return forward, backward * (of_row + of_token) / 2
 
 
 def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | None = None) -> tuple[Factors, float]:
@@ -82,8 +98,8 @@ def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | Non
         Factors of that rank in the dtype they came in, A's and B's atoms scaled to equal length,
         and the squared error in the metric (for means: per token).
     """
-    b, a, shares = atoms(factors, metric, moments)
-    error = float(shares[rank:].sum())
+    b, a, errors = atoms(factors, metric, moments)
+    error = float(errors[rank:].sum())
     b, a = b[:, :rank], a[:rank]
     if missing := rank - a.shape[0]:
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)

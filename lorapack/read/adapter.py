@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Kind, Pointer
-from lorapack.core.codes import Codes
+from lorapack.core.codes import Codes, Sparse
 from lorapack.core.names import LORA, PREFIX
 from lorapack.errors import InputError
 from lorapack.read.compact import Form, manifest, unfold
@@ -41,7 +41,7 @@ def read_adapter(directory: str | Path) -> Adapter:
     settings = check_config(config, str(directory / CONFIG))
     tensors, where = read_tensors(directory)
     shared: dict[str, list[str]] = {}
-    codes: dict[str, Codes] = {}
+    codes: dict[str, Codes | Sparse] = {}
     forms: dict[str, Form] = {}
     if config["peft_type"] == COMPACT_TYPE:
         entry = manifest(config, where)

@@ -15,7 +15,7 @@ from lorapack.core.plan import Choice, Plan
 from lorapack.core.statistics import Statistics, check_fits
 from lorapack.errors import InputError
 from lorapack.pack.share import Member, input_basis, share
-from lorapack.pack.truncate import atoms, truncate
+from lorapack.pack.truncate import shares, truncate
 from lorapack.plan.allocate import atom_costs, by_value, refuse_nothing
 from lorapack.plan.method import Method
 
@@ -33,9 +33,10 @@ def plan(
 ) -> Plan:
     """Spend the budget on the rank-one atoms that save the most loss per parameter.
 
-    Atoms and their values are those of the ``fisher`` metric, or of ``loss``. Modules that get none are dropped, or
-    point to one shared rank-one adapter per type and shape where what that saves, by the share of
-    their updates that it can represent, is more than what the same parameters save as private atoms.
+    Atoms and their values are those of the ``fisher`` metric, or of ``loss``, and modules are cut in the
+    same one. Modules that get none are dropped, or point to one shared rank-one adapter per type and
+    shape where what that saves, by the share of their updates that it can represent, is more than what
+    the same parameters save as private atoms.
 
     Args:
         adapter: to plan for.
@@ -58,7 +59,7 @@ def plan(
         moments = statistics.modules[m]
         if moments.row_backward is None:
             raise InputError("adaptive needs backward moments: `lorapack measure --method adaptive`, or give --data")
-        values[m] = atoms(adapter.factors(m), metric, moments)[2].tolist()
+        values[m] = shares(adapter.factors(m), metric, moments).tolist()
     costs = atom_costs(adapter)
     if peak is not None:
         if not peak >= 1:
@@ -83,7 +84,7 @@ def plan(
         choices,
         dict.fromkeys(groups, 1),
         digest(adapter),
-        "fisher",
+        metric,
     )
 
 
@@ -111,7 +112,7 @@ def _represented(adapter: Adapter, members: Sequence[str], values: Mapping[str, 
     Looked at through the `TOP` largest atoms of each, which keeps the products small; what lies
     beyond them counts as not represented.
     """
-    whole = {m: atoms(adapter.factors(m), "weight")[2].sum() * adapter.scale(m) ** 2 for m in members}
+    whole = {m: shares(adapter.factors(m), "weight").sum() * adapter.scale(m) ** 2 for m in members}
     pairs = [truncate(f, min(TOP, f.rank), "weight")[0] for f in map(adapter.factors, members)]
     q = input_basis(pairs)
     white = torch.eye(q.shape[0], dtype=torch.float64)

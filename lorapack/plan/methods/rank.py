@@ -12,7 +12,7 @@ from lorapack.core.adapter import Adapter, digest
 from lorapack.core.plan import Choice, Metric, Plan
 from lorapack.core.statistics import NEEDED, Need, Statistics, check_fits
 from lorapack.errors import InputError
-from lorapack.pack.truncate import atoms
+from lorapack.pack.truncate import shares
 from lorapack.plan.allocate import Cutoff, atom_costs, by_cutoff, by_value, refuse_nothing, uniformly
 from lorapack.plan.method import Method
 
@@ -81,10 +81,9 @@ def _values(adapter: Adapter, statistics: Statistics | None, module: str, metric
     lacking = moments is None or moments.backward is None or (metric == "fisher" and moments.row_backward is None)
     if metric in ("loss", "fisher") and lacking:
         raise InputError(f"--metric {metric} needs backward moments: `lorapack measure --method rank`")
-    shares = atoms(adapter.factors(module), metric, moments)[2]
     # u = dloss/dh lies before B and the scale and so contains both; the other metrics see B A alone
     scale = 1.0 if metric in ("loss", "fisher") else adapter.scale(module)
-    return [float(share) * scale**2 for share in shares]
+    return (shares(adapter.factors(module), metric, moments) * scale**2).tolist()
 
 
 METHOD = Method(plan, needs, "cut ranks, the atoms of all modules competing for a budget (PARA, resize, output, loss)")
