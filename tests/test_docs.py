@@ -23,6 +23,8 @@ OTHERS = {
     "--no-": "the form in general",
     "--factor": "of the method that docs/methods/adding.md adds",
     "--max-lora-rank": "vLLM's",
+    "--lora": "llama.cpp's",
+    "--large": "of benchmarks/merge.py",
 }
 
 
