@@ -25,6 +25,7 @@ def example(option: click.Option):
     """Some value that the option takes."""
     kinds = {click.types.BoolParamType: True, click.types.IntParamType: 3, click.types.FloatParamType: 0.5}
     texts = {"columns": "text=body", "retain": "90%", "min_retained": "90%", "max_bytes": "5KB"}
+    texts |= {"weights": "0.7,0.3", "enable_lora": "true,false,true"}
     value = next((v for kind, v in kinds.items() if isinstance(option.type, kind)), texts.get(option.name, "50%"))
     value = option.type.choices[0] if isinstance(option.type, click.Choice) else value
     return [value] if option.multiple else value
