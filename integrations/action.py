@@ -24,11 +24,11 @@ def words(inputs: Mapping[str, str]) -> list[str]:
     """
     command = inputs["COMMAND"]
     if command not in COMMANDS:
-        raise ValueError(f"command: {command!r} is none of {', '.join(COMMANDS)}")
+        raise ValueError(f"command: {command} is none of {', '.join(COMMANDS)}")
     try:
         options = shlex.split(inputs["OPTIONS"])
     except ValueError as error:
-        raise ValueError(f"options: {error} in {inputs['OPTIONS']!r}") from None
+        raise ValueError(f"options: {error} in {inputs['OPTIONS']}") from None
     data = ["--data", inputs["DATA"]] if inputs["DATA"] else []
     base = ["--base", inputs["BASE"]] if inputs["BASE"] else []
     out = ["--out", inputs["OUT"]] if command == "compress" else []
@@ -60,11 +60,9 @@ def escaped(text: str) -> str:
 def main() -> int:
     """Run what the environment asks for; the exit code of lorapack, 2 where it could not be asked."""
     try:
-        command = words(os.environ)
-    except ValueError as error:
+        code, said = run(words(os.environ))
+    except (ValueError, OSError) as error:  # OSError: no lorapack on the PATH
         code, said = 2, str(error)
-    else:
-        code, said = run(command)
     with Path(os.environ["GITHUB_OUTPUT"]).open("a") as outputs:
         outputs.write(f"exit-code={code}\n")
         if os.environ["COMMAND"] == "compress" and code in WRITTEN:

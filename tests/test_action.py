@@ -181,7 +181,8 @@ def test_an_adapter_is_evaluated_with_its_figures_in_the_summary(workspace, good
     ("given", "said"),
     [
         ({"options": "--method 'rank"}, "options: No closing quotation in "),
-        ({"command": "merge"}, "command: 'merge' is none of compress, evaluate"),
+        ({"command": "merge"}, "command: merge is none of compress, evaluate"),
+        ({"command": "100%\n::error::planted"}, "command: 100%\n::error::planted is none of"),
         ({"adapter": "$(touch planted)`touch planted`; touch planted"}, "touch planted"),
         ({"adapter": "--help"}, "--help"),
         ({"options": "--seed 7 ; touch planted"}, "touch planted"),
