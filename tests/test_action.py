@@ -1,10 +1,8 @@
 """The GitHub Action, run step by step as the runner does it, with GitHub's files and without GitHub."""
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support import ADAPTER, BASE, CALIBRATION, HELDOUT
+from tests.support import ADAPTER, BASE, CALIBRATION, HELDOUT, as_installed
 
 ROOT = Path(__file__).parent.parent
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text())
@@ -79,17 +77,12 @@ def act(workspace: Path, **given: str) -> Job:
     files = Path(tempfile.mkdtemp(dir=workspace.parent))
     summary = files / "summary.md"
     summary.touch()
-    environment = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "GITHUB_ACTIONS": "true",
-        "GITHUB_ACTION_PATH": str(ROOT),
-        "GITHUB_STEP_SUMMARY": str(summary),
-        "RUNNER_TEMP": str(files),
-    }
+    environment = as_installed(
+        GITHUB_ACTIONS="true",
+        GITHUB_ACTION_PATH=str(ROOT),
+        GITHUB_STEP_SUMMARY=str(summary),
+        RUNNER_TEMP=str(files),
+    )
     code, log, ran, outputs = 0, "", [], {}
     for number, step in enumerate(ACTION["runs"]["steps"]):
         if "uses" in step or not due(step.get("if", ""), code != 0, inputs, outputs):
