@@ -116,6 +116,18 @@ def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.Comple
     )
 
 
+def as_installed(**more: str) -> dict[str, str]:
+    """The environment of a script that calls `lorapack` and `python3`: it gets this checkout and this Python."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }
+
+
 def refused(done: subprocess.CompletedProcess[str]) -> str:
     """Check that a command refused its input as it should; returns the one line it said."""
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)

@@ -14,7 +14,12 @@ from lorapack.plan.method import flag
 
 ROOT = Path(__file__).parent.parent
 CLI_PAGE = ROOT / "docs" / "cli.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "action.yml",
+    ROOT / "integrations" / "gitlab.yml",
+]
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 METHOD_OPTIONS = {flag(option) for method in METHODS.values() for option in method.options}
