@@ -1,10 +1,12 @@
 """The job: base and adapter in, a model directory out, shard by shard."""
 
+import contextlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 RECORD = "lorapack_merge.json"
 PIECE = 1 << 26  # bytes the kernel copies at once
 MOST_THREADS = 8  # more only wait for the disk
+FLUSH_EVERY = 0.1  # seconds
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,8 @@ def _write_shard(shard: Shard, path: Path, matched: Matched, kind: str | None) -
             copy(files, 0, shard.data, 0)
         else:
             write(files, start, 0)
-        _together(_jobs(files, sources, targets, matched.changes))
+        with _flushed_meanwhile(target.fileno()):
+            _together(_jobs(files, sources, targets, matched.changes))
     written = read_shard(path)
     if written.entries != targets:
         raise InputError(f"{path.name} reads back with another header than was written. Check the disk")
@@ -186,6 +190,28 @@ def _together(jobs: list[Callable[[], None]]) -> None:
                 done.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _flushed_meanwhile(descriptor: int) -> Iterator[None]:
+    """What was written goes to the disk while more is computed, so that little is left for the flush at the end.
+
+    Raises:
+        OSError: the disk did not take something; it says so only once.
+    """
+    ended = threading.Event()
+
+    def flush() -> None:
+        while not ended.wait(FLUSH_EVERY):
+            os.fdatasync(descriptor)
+
+    with ThreadPoolExecutor(1) as pool:
+        flushing = pool.submit(flush)
+        try:
+            yield
+        finally:
+            ended.set()
+        flushing.result()
 
 
 def _write_texts(base: Base, directory: Path, adapters: Sequence[Path], dtype: Output, matched: Matched) -> None:

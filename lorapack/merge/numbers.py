@@ -69,7 +69,8 @@ def _off_the_middle(words: Array, values: Array, spare: Array) -> None:
         spare: overwritten.
     """
     np.bitwise_and(words, 0xFFFF, out=spare)
-    middle = spare == 0x8000
-    if middle.any():
-        there, exact = np.abs(words[middle].view(np.float32)), np.abs(values[middle])
-        words[middle] += (exact > there).astype(np.uint32) - (exact < there).astype(np.uint32)
+    middle = np.flatnonzero(spare == 0x8000)  # one number in 65,536
+    if middle.size:
+        flat = words.reshape(-1)
+        there, exact = np.abs(flat[middle].view(np.float32)), np.abs(values.reshape(-1)[middle])
+        flat[middle] += (exact > there).astype(np.uint32) - (exact < there).astype(np.uint32)

@@ -14,7 +14,7 @@ from lorapack.merge.match import Change
 from lorapack.merge.numbers import STORED, Array, accumulator, narrow, widen
 from lorapack.merge.updates import Carried
 
-BLOCK = 1 << 15  # numbers at once: a few arrays of a quarter of a megabyte, which stay in the processor's cache
+BLOCK = 1 << 16  # numbers at once: a few arrays of half a megabyte, which stay in the processor's cache
 PIECE = 1 << 20  # bytes at once through memory
 _UNABLE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF)
 
