@@ -30,6 +30,7 @@ OTHERS = {
     "--max-lora-rank": "vLLM's",
     "--lora": "llama.cpp's",
     "--large": "of benchmarks/merge.py",
+    "--runs": "of the benchmarks",
 }
 
 
