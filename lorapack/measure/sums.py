@@ -51,7 +51,7 @@ class Weights:
                 "so padding cannot be told apart; it cannot be measured"
             )
         flat = values.flatten(0, 1)
-        return (flat if self.at is None else flat[self.at]).double()
+        return (flat if self.at is None else flat.index_select(0, self.at)).double()
 
     def each(self, picked: Tensor) -> Tensor:
         """The weight of each token of some picked values, (tokens, 1); 1 for the vector of a whole row."""
