@@ -15,15 +15,19 @@ By default the adapter is the fixture's, with the fixture's text; `fixtures/trai
 import argparse
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lorapack.core.plan import Plan
 from lorapack.core.report import Interval
+from lorapack.core.statistics import Statistics
+from lorapack.data.encode import Encoded
 from lorapack.data.prepare import prepare
 from lorapack.evaluate.metrics import interval, loss, resamples, retained
 from lorapack.job import Job, best_plan, chosen_method, measure, packed, plan_budget, scores
@@ -46,6 +50,7 @@ def main() -> None:
     options.add_argument("--eval-data", default=str(TEXT / "heldout.jsonl"))
     options.add_argument("--sample", default="20%", help="of the data, to calibrate on")
     options.add_argument("--rows", type=int, help="at most so many evaluation rows")
+    options.add_argument("--methods", nargs="+", default=METHODS, help="name:option=value,...")
     options.add_argument("--budgets", nargs="+", default=["50%", "25%", "12.5%"])
     options.add_argument("-o", "--out", type=Path)
     given = options.parse_args()
@@ -55,62 +60,61 @@ def main() -> None:
         loaded.reader, given.data, eval_data=given.eval_data, sample=given.sample, seed=0, most_recovery=0
     )
     on_base = measure_rows_on_base(loaded, adapters, prepared, "backward")
+    rows = prepared.evaluation[: given.rows]
     found = []
     for name, adapter in adapters.items():
         job = Job(adapter, loaded, prepared)
-        few = replace(prepared, calibration=prepared.calibration[: max(1, len(prepared.calibration) // 8)])
-        statistics = {
-            "own": measure(job, {"backward"}),
-            "base": on_base[name],
-            "eighth": measure(replace(job, prepared=few), {"backward"}),
-        }
-        made, plans = {}, {}
-        for budget in given.budgets:
-            for method in (*METHODS, YARDSTICK):
-                for kind in statistics if method != YARDSTICK else ("base",):
-                    chosen, values = chosen_method(*parse_method(method))
-                    plan = best_plan(job, statistics[kind], chosen, plan_budget(budget, adapter), values)
-                    plans[budget, method, kind] = plan
-                    made[json.dumps([budget, method, kind])] = packed(job, plan, statistics[kind])
-        rows = prepared.evaluation[: given.rows]
-        seen = scores(job, rows, {"original": adapter, "base": None, **made}, "evaluate")
-        counts = resamples(len(rows), 0)
-        losses = {variant: loss(counts, each) for variant, each in seen.items()}
-        gain = losses["base"] - losses["original"]
-        for budget in given.budgets:
-            for method in METHODS:
-                own, *others = (losses[json.dumps([budget, method, kind])] for kind in statistics)
-                kept = {"own": own, **dict(zip(("base", "eighth"), others, strict=True))}
-                kept["weight_metric"] = losses[json.dumps([budget, YARDSTICK, "base"])]
-                first, *plans_of = (plans[budget, method, kind] for kind in statistics)
-                found.append(
-                    {
-                        "adapter": name,
-                        "method": method,
-                        "budget": budget,
-                        "retained": {
-                            k: bounds(retained(losses["base"], losses["original"], v)) for k, v in kept.items()
-                        },
-                        "minus_own": {
-                            kind: bounds(interval((own - other) / gain))
-                            for kind, other in zip(("base", "eighth"), others, strict=True)
-                        },
-                        "plan": {
-                            kind: likeness(first, plan) for kind, plan in zip(("base", "eighth"), plans_of, strict=True)
-                        },
-                    }
-                )
+        statistics = {"own": measured(job, 1), "base": on_base[name], "eighth": measured(job, 8)}
+        for method in given.methods:
+            for budget in given.budgets:
+                found.append({"adapter": name, **compared(job, rows, statistics, method, budget)})
                 print(json.dumps(found[-1]), flush=True)
     libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"{', '.join(adapters)} on {Path(given.base).name}, measured on {len(prepared.calibration)} rows, "
-        f"evaluated on {len(prepared.evaluation[: given.rows])} others, no recovery",
+        f"evaluated on {len(rows)} others, no recovery; percent",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "found": found,
     }
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measured(job: Job, fewer: int) -> Statistics:
+    """The moments on the adapter's own activations, of so many times fewer rows."""
+    rows = job.prepared.calibration
+    found = measure(
+        replace(job, prepared=replace(job.prepared, calibration=rows[: max(1, len(rows) // fewer)])), {"backward"}
+    )
+    assert found is not None
+    return found
+
+
+def compared(
+    job: Job, rows: Sequence[Encoded], statistics: Mapping[str, Statistics], method: str, budget: str
+) -> dict[str, Any]:
+    """What a method makes of each of the statistics (and `YARDSTICK` of none) at one budget."""
+    plans = {kind: planned(job, each, method, budget) for kind, each in statistics.items()}
+    plans["weight"] = planned(job, None, YARDSTICK, budget)
+    made = {kind: packed(job, plan, statistics.get(kind)) for kind, plan in plans.items()}
+    seen = scores(job, rows, {"original": job.adapter, "nothing": None, **made}, "evaluate")
+    counts = resamples(len(rows), 0)
+    losses = {variant: loss(counts, each) for variant, each in seen.items()}
+    nothing, original, own = (losses[variant] for variant in ("nothing", "original", "own"))
+    others = [kind for kind in statistics if kind != "own"]
+    return {
+        "method": method,
+        "budget": budget,
+        "retained": {kind: bounds(retained(nothing, original, losses[kind])) for kind in plans},
+        "minus_own": {kind: bounds(interval((own - losses[kind]) / (nothing - original))) for kind in others},
+        "plan": {kind: likeness(plans["own"], plans[kind]) for kind in others},
+    }
+
+
+def planned(job: Job, statistics: Statistics | None, method: str, budget: str) -> Plan:
+    chosen, values = chosen_method(*parse_method(method))
+    return best_plan(job, statistics, chosen, plan_budget(budget, job.adapter), values)
 
 
 def likeness(one: Plan, other: Plan) -> dict[str, float]:
