@@ -1,0 +1,79 @@
+"""A fleet on Ray: one task for some adapters of a group, the rows in the object store."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lorapack.errors import InputError
+from lorapack.fleet.local import RETRIES
+from lorapack.fleet.task import Order, Outcome, Task
+
+CHUNK = 8  # adapters in one Ray task: it finds the base in memory for all but the first
+NAME = "lorapack fleet"  # of the tasks, in Ray's own tools
+_benches: dict[str, Any] = {}  # in a worker: its bench, by the run
+
+
+def run_ray(order: Order, tasks: Sequence[Task], address: str) -> Iterator[Outcome]:
+    """Do the tasks on a Ray cluster; outcomes come as chunks of them are ready.
+
+    Every worker process of Ray keeps a base in memory, and has a GPU of its own where the cluster has some. A
+    chunk whose worker died is begun anew by Ray, at most `RETRIES` times; what it had finished it finds finished.
+    After that its adapters are tried one by one, so that one that kills its worker takes no other with it.
+
+    Args:
+        order: what to do; `out`, the adapters and the base must be what every node sees under these names.
+        tasks: which adapters.
+        address: of the cluster; ``local`` starts one on this machine.
+
+    Raises:
+        InputError: ray is not installed, or there is no cluster at this address.
+    """
+    ray = _connected(address)
+    try:
+        run, shared = os.urandom(8).hex(), ray.put(order)
+        has_gpu = order.settings.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
+        do = ray.remote(num_cpus=1, num_gpus=int(has_gpu), max_retries=RETRIES)(_chunk).options(name=NAME)
+        running = {do.remote(run, shared, chunk): chunk for chunk in _chunks(tasks)}
+        while running:
+            [ready], _ = ray.wait(list(running), num_returns=1)
+            chunk = running.pop(ready)
+            try:
+                yield from ray.get(ready)
+            except ray.exceptions.RayTaskError:
+                raise  # `work` raises nothing, so this is a worker that cannot even start
+            except ray.exceptions.RayError as error:
+                if len(chunk) > 1:
+                    running |= {do.remote(run, shared, [task]): [task] for task in chunk}
+                else:
+                    yield Outcome(chunk[0].name, f"its Ray worker died {RETRIES + 1} times ({type(error).__name__})")
+    finally:
+        ray.shutdown()
+
+
+def _chunk(run: str, order: Order, tasks: Sequence[Task]) -> list[Outcome]:
+    from lorapack.fleet.work import bench, work
+
+    if run not in _benches:
+        _benches.clear()
+        _benches[run] = bench(order)
+    return [work(_benches[run], task) for task in tasks]
+
+
+def _chunks(tasks: Sequence[Task]) -> list[list[Task]]:
+    groups: dict[int, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    return [group[n : n + CHUNK] for group in groups.values() for n in range(0, len(group), CHUNK)]
+
+
+def _connected(address: str) -> Any:
+    try:
+        import ray
+    except ImportError:
+        raise InputError("--ray needs Ray: pip install 'lorapack[ray]'") from None
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--ray {address}: no cluster answers there ({reason[:160]})") from None
+    return ray
