@@ -1,6 +1,5 @@
 """`lorapack fleet`: the adapters in, the executor given, the summary out."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -60,7 +59,7 @@ def compress_fleet(
     chosen_method(settings["method"], settings["options"])
     refuse_overlap(out, *(path for path in (data, eval_data, settings["base"]) if path))
     rows = read_source(data) if data else None
-    order = Order(os.path.abspath(out), settings, rows, read_source(eval_data) if eval_data else None, overwrite)
+    order = Order(str(Path.cwd()), out, settings, rows, read_source(eval_data) if eval_data else None, overwrite)
     place = _opened(out)
     start = time.perf_counter()
     good, failed = grouped(tasks, settings["base"])

@@ -8,7 +8,7 @@ from lorapack.errors import InputError
 from lorapack.fleet.local import RETRIES
 from lorapack.fleet.task import Order, Outcome, Task
 
-CHUNK = 8  # adapters in one Ray task: it finds the base in memory for all but the first
+CHUNK = 8  # at most so many adapters in one Ray task: it has the base in memory for all but the first
 NAME = "lorapack fleet"  # of the tasks, in Ray's own tools
 _benches: dict[str, Any] = {}  # in a worker: its bench, by the run
 
@@ -33,7 +33,8 @@ def run_ray(order: Order, tasks: Sequence[Task], address: str) -> Iterator[Outco
         run, shared = os.urandom(8).hex(), ray.put(order)
         has_gpu = order.settings.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         do = ray.remote(num_cpus=1, num_gpus=int(has_gpu), max_retries=RETRIES)(_chunk).options(name=NAME)
-        running = {do.remote(run, shared, chunk): chunk for chunk in _chunks(tasks)}
+        most = min(CHUNK, -(-len(tasks) // int(ray.cluster_resources().get("CPU", 1))))
+        running = {do.remote(run, shared, chunk): chunk for chunk in _chunks(tasks, most)}
         while running:
             [ready], _ = ray.wait(list(running), num_returns=1)
             chunk = running.pop(ready)
@@ -59,11 +60,11 @@ def _chunk(run: str, order: Order, tasks: Sequence[Task]) -> list[Outcome]:
     return [work(_benches[run], task) for task in tasks]
 
 
-def _chunks(tasks: Sequence[Task]) -> list[list[Task]]:
+def _chunks(tasks: Sequence[Task], most: int) -> list[list[Task]]:
     groups: dict[int, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.group, []).append(task)
-    return [group[n : n + CHUNK] for group in groups.values() for n in range(0, len(group), CHUNK)]
+    return [group[n : n + most] for group in groups.values() for n in range(0, len(group), most)]
 
 
 def _connected(address: str) -> Any:

@@ -4,11 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapack.data.rows import Source
+from lorapack.data.rows import Source, source_name
 from lorapack.errors import InputError
 from lorapack.hub import find_adapter_config
 from lorapack.model.exchange import FREE
@@ -54,23 +54,26 @@ class Order:
     """What holds for every adapter; it travels to the workers.
 
     Attributes:
-        out: the directory of the results, as an absolute path.
+        here: the working directory, to which relative paths relate.
+        out: the directory of the results.
         settings: arguments of `lorapack.compress_adapter`.
         data, eval_data: the rows; None as there.
         overwrite: replace results of other adapters or other settings.
     """
 
+    here: str
     out: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
     data: Source | None = None
     eval_data: Source | None = None
     overwrite: bool = False
 
     def asked(self) -> dict[str, Any]:
         """The settings as JSON, with digests of the rows: results with the same ones need not be made again."""
-        rows = {"data": _digest(self.data), "eval_data": _digest(self.eval_data)}
+        base = self.settings["base"]
         said = {name: value for name, value in self.settings.items() if name != "trust_remote_code"}
-        return json.loads(json.dumps(said | rows, default=str, sort_keys=True))  # type: ignore[no-any-return]
+        said |= {"base": base and source_name(base), "data": _digest(self.data), "eval_data": _digest(self.eval_data)}
+        return json.loads(json.dumps(said, default=str, sort_keys=True))  # type: ignore[no-any-return]
 
 
 def named(given: Iterable[str], listed: Iterable[str] = ()) -> list[Task]:

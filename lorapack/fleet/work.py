@@ -1,5 +1,7 @@
 """One adapter of a fleet on a base that stays in memory; the same wherever it runs."""
 
+import contextlib
+import os
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,9 @@ class Bench:
 
 
 def bench(order: Order) -> Bench:
+    """An empty one, in the directory that the order's paths relate to."""
+    with contextlib.suppress(OSError):  # what is not there is told of each adapter
+        os.chdir(order.here)
     return Bench(order, order.asked())
 
 
