@@ -102,5 +102,5 @@ def test_what_is_finished_is_not_done_again_and_processes_give_what_ray_gives(cl
 
 
 def test_no_cluster_is_one_line(command, tmp_path):
-    done = run(*command(tmp_path / "out", "--ray", "127.0.0.1:1"), RAY_gcs_rpc_server_reconnect_timeout_s="1")
+    done = run(*command(tmp_path / "out", "--ray", "127.0.0.1:1"))
     assert done.returncode == 2 and "no cluster answers there" in done.stderr.splitlines()[-1], done.stderr

@@ -1,6 +1,7 @@
 """A fleet on Ray: one task for some adapters of a group, the rows in the object store."""
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from lorapack.fleet.local import RETRIES
 from lorapack.fleet.task import Order, Outcome, Task
 
 CHUNK = 8  # at most so many adapters in one Ray task: it has the base in memory for all but the first
+PATIENCE = 10.0  # seconds
 NAME = "lorapack fleet"  # of the tasks, in Ray's own tools
 _benches: dict[str, Any] = {}  # in a worker: its bench, by the run
 
@@ -73,8 +75,16 @@ def _connected(address: str) -> Any:
     except ImportError:
         raise InputError("--ray needs Ray: pip install 'lorapack[ray]'") from None
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--ray {address}: no cluster answers there ({reason[:160]})") from None
     return ray
+
+
+def _knock(address: str) -> None:
+    """Open a connection to a ``HOST:PORT``, because Ray ends the whole process where nobody answers."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
