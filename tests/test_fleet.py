@@ -23,6 +23,7 @@ from lorapack.fleet import compress_fleet
 from lorapack.fleet.local import RETRIES, run_local
 from lorapack.fleet.task import Order, Outcome, Task, grouped, named
 from lorapack.fleet.work import bench, work
+from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.exchange import exchange, layout
 from lorapack.model.load import load
 from lorapack.model.point import place, point
@@ -39,6 +40,8 @@ SETTINGS = {
     "seed": 0,
     "recover_steps": 2,
     "batch_size": 4,
+    "average": "token",
+    "batch_tokens": 4096,
     "device": "cpu",
     "dtype": "auto",
     "max_length": 64,
@@ -156,8 +159,7 @@ def test_one_base_in_memory_gives_each_adapter_what_a_base_of_its_own_gives(rows
     place = bench(Order(".", str(tmp_path / "out"), SETTINGS, read_source(str(rows))))
     for source in (first, second, narrow, first):
         task = Task(f"{source.name}-{len(list((tmp_path / 'out').glob('*')))}", str(source))
-        outcome = work(place, task)
-        assert outcome == Outcome(task.name), outcome.problem
+        assert work(place, (task,)) == [Outcome(task.name)]
         alone = compress_adapter(read_adapter(source), str(rows), name=task.name, **SETTINGS)
         found = reported(tmp_path / "out" / task.name)
         assert found.adapter == alone.report.adapter
@@ -174,9 +176,35 @@ def test_the_base_is_loaded_once_for_adapters_of_one_layout(rows, tmp_path):
     place = bench(Order(".", str(tmp_path / "out"), SETTINGS | {"recover_steps": 0}, read_source(str(rows))))
     seen = set()
     for source in perturbed(tmp_path / "in", 3):
-        assert work(place, Task(source.name, str(source))) == Outcome(source.name)
+        assert work(place, (Task(source.name, str(source)),)) == [Outcome(source.name)]
         seen.add(id(place.ready[0].base))
     assert len(seen) == 1
+
+
+def test_adapters_measured_at_once_get_the_plans_of_the_bases_own_activations(rows, tmp_path):
+    """Whatever else is in the chunk, and the same again where one of them is done anew."""
+    first, second = perturbed(tmp_path / "in", 2)
+    shutil.copytree(first, tmp_path / "in" / "cut-off")
+    os.truncate(tmp_path / "in" / "cut-off" / "adapter_model.safetensors", 200_000)
+    settings = SETTINGS | {"recover_steps": 0, "method": "rank"}
+    chunk = tuple(Task(path.name, str(path)) for path in (tmp_path / "in" / "cut-off", first, second))
+    place = bench(Order(".", str(tmp_path / "out"), settings, read_source(str(rows)), at_once=3))
+    bad, *good = work(place, chunk)
+    assert "cut off" in bad.problem and good == [Outcome(first.name), Outcome(second.name)]
+    for path in (first, second):
+        adapter = read_adapter(path)
+        loaded, prepared = place.ready
+        statistics = measure_rows_on_base(loaded, {"it": adapter}, prepared, "backward")["it"]
+        alone = compress_adapter(adapter, str(rows), statistics=statistics, **settings)
+        found = reported(tmp_path / "out" / path.name)
+        assert [c.rank for c in found.plan.choices] == [c.rank for c in alone.report.plan.choices]
+        own = compress_adapter(adapter, str(rows), **settings)
+        assert [c.score for c in found.plan.choices] != [c.score for c in own.report.plan.choices]
+    made = reported(tmp_path / "out" / second.name).files
+    shutil.rmtree(tmp_path / "out" / second.name)
+    again = bench(Order(".", str(tmp_path / "out"), settings, read_source(str(rows)), at_once=3))
+    assert work(again, chunk)[1:] == [Outcome(first.name, skipped=True), Outcome(second.name)]
+    assert reported(tmp_path / "out" / second.name).files == made
 
 
 def test_a_classifiers_head_goes_with_its_adapter(tmp_path):
@@ -274,13 +302,18 @@ def test_results_of_other_settings_are_kept_unless_overwrite_is_given(rows, tmp_
     task, source = Task("it", str(adapter)), read_source(str(rows))
     settings = SETTINGS | {"recover_steps": 0}
     out = str(tmp_path / "out")
-    assert not work(bench(Order(".", out, settings, source)), task).problem
-    assert work(bench(Order(".", out, settings, source)), task).skipped
     smaller = settings | {"budget": "25%"}
+
+    def outcome(settings, **more) -> Outcome:
+        return work(bench(Order(".", out, settings, source, **more)), (task,))[0]
+
+    assert outcome(settings) == Outcome("it")
+    assert outcome(settings) == Outcome("it", skipped=True)
     before = (tmp_path / "out" / "it" / "report.json").read_bytes()
-    assert "--overwrite" in work(bench(Order(".", out, smaller, source)), task).problem
+    assert "--overwrite" in outcome(smaller).problem
+    assert "--overwrite" in outcome(settings, at_once=2).problem
     assert (tmp_path / "out" / "it" / "report.json").read_bytes() == before
-    assert not work(bench(Order(".", out, smaller, source, overwrite=True)), task).problem
+    assert outcome(smaller, overwrite=True) == Outcome("it")
     found = reported(tmp_path / "out" / "it")
     assert found.after.parameters <= found.before.parameters / 4
 

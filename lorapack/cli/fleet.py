@@ -26,6 +26,15 @@ SHOWN = 40  # rows on the terminal; of a larger fleet only those that went wrong
 @options.TRAINING
 @options.SAMPLE
 @options.AVERAGE
+@click.option(
+    "--measure-at-once",
+    "at_once",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Measure N adapters in one pass of the base without them: faster, an approximation.",
+)
 @options.SEED
 @options.MODEL
 @options.LIMITS

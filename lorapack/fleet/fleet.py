@@ -31,6 +31,7 @@ def compress_fleet(
     eval_data: str | None = None,
     gates: Gates = Gates(),  # noqa: B008
     overwrite: bool = False,
+    at_once: int = 1,
     command: Sequence[str] = (),
     watch: Watch = unwatched,
     **settings: Any,
@@ -47,6 +48,7 @@ def compress_fleet(
         data, eval_data: see `lorapack.compress_adapter`; read once, here.
         gates: limits that every result must keep to.
         overwrite: replace results of other adapters or of other settings.
+        at_once: measure so many adapters in one pass of the base alone, see `measure_moments_on_base`.
         command: for the record.
         watch: sees the outcomes go by.
         settings: of `lorapack.compress_adapter`.
@@ -56,10 +58,16 @@ def compress_fleet(
     """
     if data is None and (eval_data is not None or settings.get("retain") is not None):
         raise InputError("--eval-data and --retain need --data")
-    chosen_method(settings["method"], settings["options"])
+    method, chosen = chosen_method(settings["method"], settings["options"])
+    if at_once > 1 and (need := method.needs(chosen)) in ("gradients", "omega"):
+        raise InputError(
+            f"--measure-at-once: {settings['method']} wants {need}, which are learnt of one adapter at a time"
+        )
     refuse_overlap(out, *(path for path in (data, eval_data, settings["base"]) if path))
     rows = read_source(data) if data else None
-    order = Order(str(Path.cwd()), out, settings, rows, read_source(eval_data) if eval_data else None, overwrite)
+    order = Order(
+        str(Path.cwd()), out, settings, rows, read_source(eval_data) if eval_data else None, overwrite, at_once
+    )
     place = _opened(out)
     start = time.perf_counter()
     good, failed = grouped(tasks, settings["base"])

@@ -9,67 +9,66 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from lorapack.fleet.task import Order, Outcome, Task
+from lorapack.fleet.task import Chunk, Order, Outcome, Task, chunks
 
-RETRIES = 5  # so often an adapter is begun anew whose worker died
+RETRIES = 5  # so often is begun anew what a worker died of
 
 
 @dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    task: Task | None = None
+    chunk: Chunk = ()
     group: int | None = None
 
 
 def run_local(order: Order, tasks: Sequence[Task], workers: int) -> Iterator[Outcome]:
     """Do the tasks in so many processes; outcomes come as they are ready.
 
-    A worker goes on with the group of its last task as long as that has some. One that dies (out of memory, a
-    signal) is replaced, and its adapter begun anew at most `RETRIES` times.
+    A worker goes on with the group of its last tasks as long as that has some. One that dies (out of memory, a
+    signal) is replaced, and what it was at is begun anew at most `RETRIES` times; several adapters then one by one.
 
     Raises:
         RuntimeError: a worker cannot even start.
     """
-    waiting: dict[int, deque[Task]] = {}
-    for task in tasks:
-        waiting.setdefault(task.group, deque()).append(task)
-    died: Counter[str] = Counter()
+    waiting: dict[int, deque[Chunk]] = {}
+    for chunk in chunks(tasks, order.at_once):
+        waiting.setdefault(chunk[0].group, deque()).append(chunk)
+    died: Counter[Chunk] = Counter()
     crew = [_hire(order, workers) for _ in range(min(workers, len(tasks)))]
     try:
         while True:
             for worker in crew:
-                if worker.task is None and (queue := _queue(waiting, worker.group)):
-                    worker.task = queue.popleft()
-                    worker.group = worker.task.group
+                if not worker.chunk and (queue := _queue(waiting, worker.group)):
+                    worker.chunk = queue.popleft()
+                    worker.group = worker.chunk[0].group
                     with contextlib.suppress(OSError):  # it is dead, which shows below
-                        worker.pipe.send(worker.task)
-            busy = {worker.pipe: worker for worker in crew if worker.task}
+                        worker.pipe.send(worker.chunk)
+            busy = {worker.pipe: worker for worker in crew if worker.chunk}
             if not busy:
                 return
             for pipe in wait(list(busy)):
                 worker = busy[pipe]  # type: ignore[index]
-                assert worker.task is not None
-                name = worker.task.name
-                outcome = _answer(worker)
-                if outcome is None:
-                    died[name] += 1
-                    if died[name] > RETRIES:
-                        outcome = Outcome(name, _lost(worker))
-                    else:
-                        waiting[worker.task.group].appendleft(worker.task)
+                chunk, outcomes = worker.chunk, _answer(worker)
+                worker.chunk = ()
+                if outcomes is None:
+                    died[chunk] += 1
                     crew[crew.index(worker)] = _hire(order, workers)
-                worker.task = None
-                if outcome is not None:
-                    yield replace(outcome, retries=min(died[name], RETRIES))
+                    if died[chunk] <= RETRIES:
+                        waiting[chunk[0].group].appendleft(chunk)
+                    elif len(chunk) > 1:
+                        waiting[chunk[0].group].extendleft((task,) for task in chunk)
+                    else:
+                        outcomes = [Outcome(chunk[0].name, _lost(worker))]
+                yield from (replace(found, retries=min(died[chunk], RETRIES)) for found in outcomes or ())
     finally:
         for worker in crew:
             worker.process.kill()
             worker.process.join()
 
 
-def _queue(waiting: dict[int, deque[Task]], group: int | None) -> deque[Task]:
-    """The tasks of a group; where there are none left, those of the largest."""
+def _queue(waiting: dict[int, deque[Chunk]], group: int | None) -> deque[Chunk]:
+    """What is left of a group; where that is nothing, of the one with the most."""
     own = None if group is None else waiting.get(group)
     return own or max(waiting.values(), key=len)
 
@@ -83,7 +82,7 @@ def _hire(order: Order, workers: int) -> _Worker:
     return _Worker(process, ours)
 
 
-def _answer(worker: _Worker) -> Outcome | None:
+def _answer(worker: _Worker) -> list[Outcome] | None:
     """None where it died instead."""
     try:
         return worker.pipe.recv()  # type: ignore[no-any-return]
@@ -101,7 +100,7 @@ def _lost(worker: _Worker) -> str:
 
 
 def _serve(pipe: Connection, order: Order, workers: int) -> None:
-    """What a worker does: one task after the other, until nobody sends any."""
+    """What a worker does: one chunk after the other, until nobody sends any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that sends the tasks
     import torch
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapack.errors import InputError
 from lorapack.fleet.local import RETRIES
-from lorapack.fleet.task import Order, Outcome, Task
+from lorapack.fleet.task import Chunk, Order, Outcome, Task, chunks
 
 CHUNK = 8  # at most so many adapters in one Ray task: it has the base in memory for all but the first
 PATIENCE = 10.0  # seconds
@@ -35,8 +35,9 @@ def run_ray(order: Order, tasks: Sequence[Task], address: str) -> Iterator[Outco
         run, shared = os.urandom(8).hex(), ray.put(order)
         has_gpu = order.settings.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         do = ray.remote(num_cpus=1, num_gpus=int(has_gpu), max_retries=RETRIES)(_chunk).options(name=NAME)
-        most = min(CHUNK, -(-len(tasks) // int(ray.cluster_resources().get("CPU", 1))))
-        running = {do.remote(run, shared, chunk): chunk for chunk in _chunks(tasks, most)}
+        share = -(-len(tasks) // int(ray.cluster_resources().get("CPU", 1)))
+        most = order.at_once if order.at_once > 1 else min(CHUNK, share)
+        running = {do.remote(run, shared, chunk): chunk for chunk in chunks(tasks, most)}
         while running:
             [ready], _ = ray.wait(list(running), num_returns=1)
             chunk = running.pop(ready)
@@ -46,27 +47,20 @@ def run_ray(order: Order, tasks: Sequence[Task], address: str) -> Iterator[Outco
                 raise  # `work` raises nothing, so this is a worker that cannot even start
             except ray.exceptions.RayError as error:
                 if len(chunk) > 1:
-                    running |= {do.remote(run, shared, [task]): [task] for task in chunk}
+                    running |= {do.remote(run, shared, (task,)): (task,) for task in chunk}
                 else:
                     yield Outcome(chunk[0].name, f"its Ray worker died {RETRIES + 1} times ({type(error).__name__})")
     finally:
         ray.shutdown()
 
 
-def _chunk(run: str, order: Order, tasks: Sequence[Task]) -> list[Outcome]:
+def _chunk(run: str, order: Order, chunk: Chunk) -> list[Outcome]:
     from lorapack.fleet.work import bench, work
 
     if run not in _benches:
         _benches.clear()
         _benches[run] = bench(order)
-    return [work(_benches[run], task) for task in tasks]
-
-
-def _chunks(tasks: Sequence[Task], most: int) -> list[list[Task]]:
-    groups: dict[int, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.group, []).append(task)
-    return [group[n : n + most] for group in groups.values() for n in range(0, len(group), most)]
+    return work(_benches[run], chunk)
 
 
 def _connected(address: str) -> Any:

@@ -32,6 +32,9 @@ class Task:
     group: int = 0
 
 
+Chunk = tuple[Task, ...]  # of one group, done by one worker
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of a task.
@@ -59,6 +62,7 @@ class Order:
         settings: arguments of `lorapack.compress_adapter`.
         data, eval_data: the rows; None as there.
         overwrite: replace results of other adapters or other settings.
+        at_once: how many adapters of a group are measured in one pass of the base alone; 1 measures each by itself.
     """
 
     here: str
@@ -67,12 +71,18 @@ class Order:
     data: Source | None = None
     eval_data: Source | None = None
     overwrite: bool = False
+    at_once: int = 1
 
     def asked(self) -> dict[str, Any]:
         """The settings as JSON, with digests of the rows: results with the same ones need not be made again."""
         base = self.settings["base"]
         said = {name: value for name, value in self.settings.items() if name != "trust_remote_code"}
-        said |= {"base": base and source_name(base), "data": _digest(self.data), "eval_data": _digest(self.eval_data)}
+        said |= {
+            "measure_at_once": self.at_once,
+            "base": base and source_name(base),
+            "data": _digest(self.data),
+            "eval_data": _digest(self.eval_data),
+        }
         return json.loads(json.dumps(said, default=str, sort_keys=True))  # type: ignore[no-any-return]
 
 
@@ -119,6 +129,14 @@ def grouped(tasks: Sequence[Task], base: str | None) -> tuple[list[Task], list[O
         else:
             good.append(Task(task.name, task.source, groups.setdefault(kind, len(groups))))
     return good, bad
+
+
+def chunks(tasks: Sequence[Task], most: int) -> list[Chunk]:
+    """The tasks of each group, so many together."""
+    groups: dict[int, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    return [tuple(group[n : n + most]) for group in groups.values() for n in range(0, len(group), most)]
 
 
 def _kind(config: Mapping[str, Any], base: str | None) -> str:

@@ -1,8 +1,9 @@
 """One adapter of a fleet on a base that stays in memory; the same wherever it runs."""
 
 import contextlib
+import functools
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 from lorapack.compress import compress_adapter
 from lorapack.core.adapter import Adapter, digest
 from lorapack.core.report import from_json
+from lorapack.core.statistics import Statistics
 from lorapack.data.prepare import Prepared, prepare
 from lorapack.errors import InputError, OutputError
-from lorapack.fleet.task import Order, Outcome, Task
+from lorapack.fleet.task import Chunk, Order, Outcome, Task
 from lorapack.hub import read_adapter
+from lorapack.job import chosen_method
+from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.exchange import exchange, layout
-from lorapack.model.load import Loaded, load
+from lorapack.model.load import Loaded, check_fits, load
 from lorapack.read.files import REPORT, file_digests, read_text
 from lorapack.write import new_directory, put_adapter
 
+Measured = Callable[[], Mapping[str, Statistics]]  # by the name of the task; computed when first asked for
 ASKED = "fleet"  # in a report's settings: what the fleet was asked for
 
 
@@ -46,13 +51,18 @@ def bench(order: Order) -> Bench:
     return Bench(order, order.asked())
 
 
-def work(bench: Bench, task: Task) -> Outcome:
-    """Compress one adapter into its own directory, which appears whole or not at all, unless that is done already.
+def work(bench: Bench, chunk: Chunk) -> list[Outcome]:
+    """Compress adapters of one group, each into its own directory, which appears whole or not at all.
 
-    Whatever goes wrong is the outcome of this adapter alone.
+    What is finished already is left as it is. Whatever goes wrong with an adapter is its own outcome alone.
     """
+    measured = functools.cache(lambda: _measured(bench, chunk))
+    return [_work(bench, task, measured) for task in chunk]
+
+
+def _work(bench: Bench, task: Task, measured: Measured) -> Outcome:
     try:
-        return Outcome(task.name, skipped=not _made(bench, task))
+        return Outcome(task.name, skipped=not _made(bench, task, measured))
     except InputError as error:
         return Outcome(task.name, str(error).replace("\n", " "))
     except Exception as error:
@@ -61,7 +71,7 @@ def work(bench: Bench, task: Task) -> Outcome:
         return Outcome(task.name, f"a fault in lorapack: {type(error).__name__}: {first}")
 
 
-def _made(bench: Bench, task: Task) -> bool:
+def _made(bench: Bench, task: Task, measured: Measured) -> bool:
     """Whether there was anything to do."""
     order, adapter = bench.order, read_adapter(task.source)
     out, original = Path(order.out, task.name), digest(adapter)
@@ -74,7 +84,7 @@ def _made(bench: Bench, task: Task) -> bool:
         )
     try:
         with new_directory(out, overwrite=order.overwrite, inputs=(task.source,)) as directory:
-            _compress(bench, task, adapter, directory)
+            _compress(bench, task, adapter, measured, directory)
     except OutputError:
         if _finished(out, original, bench.asked):  # by a worker that was given up for lost
             return False
@@ -82,13 +92,15 @@ def _made(bench: Bench, task: Task) -> bool:
     return True
 
 
-def _compress(bench: Bench, task: Task, adapter: Adapter, directory: Path) -> None:
+def _compress(bench: Bench, task: Task, adapter: Adapter, measured: Measured, directory: Path) -> None:
     order = bench.order
+    statistics = measured().get(task.name)
     loaded, prepared = _ready(bench, adapter) if order.data else (None, None)
     made = compress_adapter(
         adapter,
         str(order.data) if order.data else None,
         name=task.name,
+        statistics=statistics,
         loaded=loaded,
         prepared=prepared,
         **order.settings,
@@ -105,6 +117,33 @@ def _finished(out: Path, original: str, asked: dict[str, Any]) -> bool:
         return False
     same = report.adapter.get("original") == original and report.settings.get(ASKED) == asked
     return same and report.files == file_digests(out)
+
+
+def _measured(bench: Bench, chunk: Chunk) -> dict[str, Statistics]:
+    """The statistics of the adapters of a chunk in one pass of the base alone, if that was asked for.
+
+    It measures all of them, finished or not: so the sums do not depend on how often it was begun. An adapter
+    that carries tensors, or does not fit, is left out, to be measured or refused by itself.
+    """
+    order, settings = bench.order, bench.order.settings
+    method, options = chosen_method(settings["method"], settings["options"])
+    need = method.needs(options)
+    if order.at_once == 1 or order.data is None or need == "nothing":
+        return {}
+    adapters: dict[str, Adapter] = {}
+    for task in chunk:
+        with contextlib.suppress(InputError):
+            adapter = read_adapter(task.source)
+            if not adapter.carried and layout(adapter) is not None:
+                if not adapters:
+                    _ready(bench, adapter)
+                assert bench.ready is not None
+                check_fits(adapter, bench.ready[0].base, task.source)
+                adapters[task.name] = adapter
+    if not adapters or bench.ready is None:
+        return {}
+    how = {name: settings[name] for name in ("average", "batch_tokens")}
+    return measure_rows_on_base(bench.ready[0], adapters, bench.ready[1], need, **how)
 
 
 def _ready(bench: Bench, adapter: Adapter) -> tuple[Loaded, Prepared]:
