@@ -42,7 +42,7 @@ class Record:
 
 
 def write_record(record: Record, directory: Path) -> None:
-    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(directory: Path) -> Record:

@@ -101,7 +101,7 @@ def packed(directory: str | Path, repo: str, form: Format = "compact", base: str
             put_adapter(adapter, parcel, expand=True)
         else:
             _copy(directory, parcel, base)
-        (parcel / REPORT).write_text(to_json(replace(report, files=file_digests(parcel))))
+        (parcel / REPORT).write_text(to_json(replace(report, files=file_digests(parcel))), encoding="utf-8")
         items = {path.name: item(path) for path in sorted(parcel.iterdir())}
         yield Parcel(
             parcel,
@@ -122,7 +122,7 @@ def _copy(directory: Path, parcel: Path, base: str) -> None:
     config = read_json(parcel / CONFIG)
     if config.get("base_model_name_or_path") != base:
         config["base_model_name_or_path"] = base
-        (parcel / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (parcel / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _report(directory: Path, adapter: Adapter) -> Report:
