@@ -8,6 +8,7 @@ One process imports everything and forks a child for each trial.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -19,87 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "fixtures"
-ADAPTER, BASE = FIXTURES / "adapter", FIXTURES / "stories260k"
+from commands import COMMANDS, prepare, run
+
 BLOCK = 4096
 PLENTY = 64 << 20
-SHORT = ["--base", "BASE", "--data", "ROWS", "--max-length", "32"]
-HELD = [*SHORT, "--eval-data", "HELD", "--sample", "2"]
-HALVED = ["ADAPTER", "--method", "rank", "--budget", "50%"]
-TWO = ["--batch-size", "2"]
-RECOVER = ["recover", "SMALLER", "--teacher", "ADAPTER", *HELD, "--steps", "2", *TWO]
-COMMANDS: dict[str, list[str]] = {
-    "expand": ["expand", "SMALLER", "-o", "new/out"],
-    "compact": ["compact", "ADAPTER", "-o", "new/out"],
-    "merge": ["merge", "ADAPTER", "--base", "BASE", "-o", "new/out"],
-    "merge of .bin": ["merge", "ADAPTER", "--base", "BIN", "-o", "new/out"],
-    "merge to bfloat16": ["merge", "ADAPTER", "--base", "BASE", "--dtype", "bfloat16", "-o", "new/out"],
-    "convert to PEFT": ["convert", "KOHYA", "-o", "new/out"],
-    "convert to diffusers": ["convert", "KOHYA", "--to", "diffusers", "-o", "out.safetensors"],
-    "convert to GGUF": ["convert", "ADAPTER", "--base", "BASE", "-o", "out.gguf"],
-    "extract": ["extract", "FULL", "BASE", "--rank", "4", "-o", "new/out"],
-    "plan": ["plan", *HALVED, "--metric", "weight", "-o", "plan.json"],
-    "report": ["report", "SMALLER", "-o", "report.html"],
-    "compress without data": ["compress", *HALVED, "--metric", "weight", "--base", "BASE", "-o", "new/out"],
-    "measure": ["measure", "ADAPTER", *SHORT, "--method", "rank", "-o", "statistics.safetensors"],
-    "compress": ["compress", *HALVED, *HELD, "--recover-steps", "1", *TWO, "-o", "new/out"],
-    "recover": [*RECOVER, "-o", "new/out"],
-    "recover with a state": [*RECOVER, "--state", "state", "-o", "new/out"],
-    "sweep with a plot": ["sweep", "ADAPTER", *HELD, "--method", "rank:metric=weight", "--plot", "plot.png"],
-    "evaluate with JUnit": ["evaluate", "ADAPTER", *SHORT, "--max-params", "200000", "--junit", "junit.xml"],
-    "push": ["push", "SMALLER", "somebody/smaller", "--dry-run", "--base", "somebody/base"],
-    "export": ["export", "ADAPTER", "--base", "BASE", "--no-verify", "-o", "new/out"],
-    "export apart": ["export", "ADAPTER", "--base", "BASE", "--separate", "--no-verify", "-o", "new/out"],
-}
-
-
-def prepare(place: Path) -> dict[str, str]:
-    """The inputs, by their names in `COMMANDS`."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    inputs = {"ADAPTER": ADAPTER, "BASE": BASE}
-    for name, rows in (("ROWS", "calibration"), ("HELD", "heldout")):
-        inputs[name] = place / f"{rows}.jsonl"
-        lines = (FIXTURES / "tinyshakespeare" / f"{rows}.jsonl").read_text().splitlines(keepends=True)
-        inputs[name].write_text("".join(lines[:8]))
-    inputs["KOHYA"] = place / "kohya.safetensors"
-    pair = {"down": torch.ones(2, 4, 3, 3), "up": torch.ones(320, 2, 1, 1)}
-    save_file({f"lora_unet_conv_in.lora_{half}.weight": t for half, t in pair.items()}, inputs["KOHYA"])
-    inputs["BIN"] = place / "bin"
-    shutil.copytree(BASE, inputs["BIN"], ignore=shutil.ignore_patterns("*.safetensors"))
-    torch.save(load_file(BASE / "model.safetensors"), inputs["BIN"] / "pytorch_model.bin")
-    inputs |= {"FULL": place / "full", "SMALLER": place / "smaller"}
-    found = {name: str(path) for name, path in inputs.items()}
-    for name, changes in (("merge", {"new/out": "FULL"}), ("compress", {"new/out": "SMALLER", "rank": "lora-drop"})):
-        code, said = run([found.get(changes.get(w, w), changes.get(w, w)) for w in COMMANDS[name]], place)
-        assert code == 0, said
-    return found
-
-
-def run(command: Sequence[str], place: Path) -> tuple[int, str]:
-    """The command line in a child, in a directory; its exit code and what it said on stderr."""
-    with tempfile.TemporaryFile() as said:
-        pid = os.fork()
-        if not pid:
-            code = 98
-            try:
-                os.chdir(place)
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                os.dup2(said.fileno(), 2)
-                from lorapack.cli import main
-
-                sys.argv = ["lorapack", *command]
-                try:
-                    main()
-                except SystemExit as end:
-                    code = int(end.code or 0)
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        said.seek(0)
-        return code, said.read().decode()
 
 
 def trial(command: Sequence[str], mount: Path, size: int) -> dict[str, Any]:
@@ -108,7 +32,7 @@ def trial(command: Sequence[str], mount: Path, size: int) -> dict[str, Any]:
     os.environ["TMPDIR"] = str(mount)
     try:
         code, said = run(command, mount)
-        left = sorted(str(p.relative_to(mount)) for p in mount.rglob("*"))
+        left = sorted(str(p.relative_to(mount)) for p in mount.rglob("*") if p.name != ".ses")  # ONNX Runtime's
         free = os.statvfs(mount)
         taken = (free.f_blocks - free.f_bfree) * free.f_bsize
     finally:
@@ -128,18 +52,7 @@ def is_fault(found: dict[str, Any]) -> bool:
 
 def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
     """All trials of some commands, a line of JSON each; in a namespace where mounting is allowed."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    sys.path.insert(0, str(ROOT))
-    import peft
-    import torch
-    import transformers
-
-    import lorapack.cli.main  # noqa: F401
-
-    assert peft and transformers
-    torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp())
-    os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = str(place / "cache")
     try:
         inputs = prepare(place)
         mount = place / "mount"
@@ -149,7 +62,7 @@ def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
             roomy = trial(command, mount, PLENTY)
             print(json.dumps({"command": name, **roomy}), flush=True)
             blocks = math.ceil(roomy["taken"] / BLOCK)
-            for count in [round(blocks * part) for part in sizes] or range(1, 2 * blocks, step):
+            for count in [round(blocks * part) for part in sizes] or itertools.count(1, step):
                 found = trial(command, mount, max(1, count) * BLOCK)
                 print(json.dumps({"command": name, **found}), flush=True)
                 if found["code"] == 0:

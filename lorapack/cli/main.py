@@ -95,8 +95,8 @@ def _stop(number: int, _: Any) -> None:
     raise Stopped(number)
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal that ends the run; its number is the first argument."""
+class Stopped(BaseException):
+    """A signal that ends the run; its number is the first argument. No KeyboardInterrupt, of which click makes its own."""
 
 
 def _run(work: Callable[[], Any], debug: bool) -> int:
