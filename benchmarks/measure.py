@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import statistics as stats
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from recovery import RANK, make_adapter, spread
 
 from lorapack.core.adapter import Adapter, Factors
 from lorapack.data.batches import Batch, batches
@@ -38,23 +38,7 @@ from lorapack.model.point import Placed, place, point
 from lorapack.read import read_adapter
 
 TEXT = Path(__file__).parents[1] / "fixtures" / "tinyshakespeare" / "train.txt"
-RANK, MANY, RANK_OF_MANY = 16, 8, 8
-
-
-def make_adapter(model: str, out: str) -> None:
-    """A random adapter of a size that changes the predictions, on all linear layers."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
-    made = get_peft_model(base, config)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.05
-    made.save_pretrained(out)
+MANY, RANK_OF_MANY = 8, 8
 
 
 def of_rank(adapter: Adapter, rank: int, seed: int) -> Adapter:
@@ -192,10 +176,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": stats.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":
