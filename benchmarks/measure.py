@@ -1,6 +1,6 @@
 """What measuring costs, beside the same passes without it: seconds of the processor and of the clock.
 
-    python benchmarks/measure.py --model DIR [--rows 16] [--length 256] [--runs 5] [-o benchmarks/results/measure.json]
+    python benchmarks/measure.py --model DIR [--rows 24] [--length 256] [--runs 3] [-o benchmarks/results/measure.json]
 
 A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the committed figures), rows of the
 fixture's Tiny Shakespeare cut to the same length, the same batches for all. A run is the whole phase; the runs of all
@@ -130,10 +130,10 @@ RATIOS = (
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a Llama-like base model")
-    options.add_argument("--rows", type=int, default=16)
+    options.add_argument("--rows", type=int, default=24)
     options.add_argument("--length", type=int, default=256, help="tokens a row")
-    options.add_argument("--batch-tokens", type=int, default=2048)
-    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--batch-tokens", type=int, default=4096)
+    options.add_argument("--runs", type=int, default=3)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--kinds", nargs="+", help="only these")
     options.add_argument("-o", "--out", type=Path)
