@@ -78,7 +78,7 @@ def compress_adapter(
     share_init: ShareInit = "closed",
     store: Store | None = None,
     recover_steps: int = 100,
-    objective: Objective = "kl",
+    objective: Objective = "both",
     learning_rate: float = 1e-3,
     batch_size: int = 8,
     refit: bool | None = None,

@@ -490,5 +490,5 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(data, tmp_pat
     out, err = process.communicate(timeout=120)
     # Python ends itself by the signal where it struck inside an exec: a shell shows 130 for both
     assert process.returncode in (130, -signal.SIGINT), process.returncode
-    assert err.strip().splitlines() == ["lorapack: interrupted, nothing was written"]
+    assert err.strip().splitlines() == ["lorapack: interrupted; no output is half written"]
     assert out == "" and tree(tmp_path) == []

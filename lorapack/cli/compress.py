@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command(cls=options.MethodCommand)
@@ -85,10 +86,10 @@ def compress(
         report = replace(made.report, gates=told, run=run)
         put_adapter(made.adapter, directory, report=report)
     if as_json:
-        click.echo(Path(out, REPORT).read_text(), nl=False)
+        say(Path(out, REPORT).read_text(), nl=False)
     else:
         from lorapack.cli.show import print_report
 
         print_report(report)
-        click.echo(f"Wrote {out}")
+        say(f"Wrote {out}")
     settle(report.gates, junit, "lorapack compress", tell=not as_json, written=out)

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from lorapack.cli.say import say
 from lorapack.core.report import GateOutcome
 from lorapack.errors import InputError
 from lorapack.ship.gates import Gates, demand, explained
@@ -52,8 +51,8 @@ def settle(
     if target is not None:
         from lorapack.cli.files import write_text
 
-        write_text(junit(outcomes, command), target)
+        write_text(junit(outcomes, command), target, overwrite=True)  # in place of an earlier run's
     for outcome in outcomes:
         if tell and outcome.met:
-            click.echo(f"Gate met: {explained(outcome)}")
+            say(f"Gate met: {explained(outcome)}")
     demand(outcomes, written)

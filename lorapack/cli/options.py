@@ -162,7 +162,7 @@ TRAINING = together(
     click.option(
         "--objective",
         type=click.Choice(["kl", "task", "both"]),
-        default="kl",
+        default="both",
         show_default=True,
         help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
     ),

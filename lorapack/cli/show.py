@@ -1,11 +1,13 @@
 """Values as tables on the terminal."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lorapack.cli.say import nobody_reads, plain
 from lorapack.core.report import Quality, Report
 from lorapack.write.card import shown
 
@@ -17,10 +19,20 @@ if TYPE_CHECKING:
 VARIANTS = ("base", "original", "compressed")
 
 
+class Terminal(Console):
+    """Rich's console for text that may come from anybody."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(plain(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        nobody_reads()
+
+
 def console() -> Console:
     """Standard output; in a file or a pipe as wide as the table needs, without colours."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=120)
+    found = Terminal(highlight=False, markup=False)
+    return found if found.is_terminal else Terminal(highlight=False, markup=False, width=120)
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
