@@ -126,6 +126,7 @@ def test_a_killed_worker_changes_nothing_in_the_summary(undisturbed, fleet, tmp_
     same, other = summary(tmp_path / "out")
     assert killed == 2 and sum(other["retries"].values()) in (1, 2)  # one may have been between two adapters
     assert same == summary(undisturbed[0])[0]
+    assert not list((tmp_path / "out").glob(".*")), "what killed workers left is gone"
 
 
 def test_a_second_run_leaves_what_is_finished_and_makes_the_rest(undisturbed, fleet):

@@ -78,6 +78,7 @@ def test_a_fleet_of_a_hundred_on_two_nodes_loses_none_with_workers_killed_at_ran
     rows = json.loads((out / "fleet.json").read_text())["adapters"]
     assert [row["state"] for row in rows] == ["done"] * COUNT
     assert len(killed) >= 10
+    assert not list(out.glob(".*"))
     for row in rows:
         report = from_json((out / row["name"] / "report.json").read_text())
         assert report.adapter["compressed"] == row["compressed"]

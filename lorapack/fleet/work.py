@@ -22,6 +22,7 @@ from lorapack.model.exchange import exchange, layout
 from lorapack.model.load import Loaded, check_fits, load
 from lorapack.read.files import REPORT, file_digests, read_text
 from lorapack.write import new_directory, put_adapter
+from lorapack.write.directory import sweep
 
 Measured = Callable[[], Mapping[str, Statistics]]  # by the name of the task; computed when first asked for
 ASKED = "fleet"  # in a report's settings: what the fleet was asked for
@@ -75,6 +76,7 @@ def _made(bench: Bench, task: Task, measured: Measured) -> bool:
     """Whether there was anything to do."""
     order, adapter = bench.order, read_adapter(task.source)
     out, original = Path(order.out, task.name), digest(adapter)
+    sweep(out)
     if _finished(out, original, bench.asked):
         return False
     if out.exists() and not order.overwrite:
