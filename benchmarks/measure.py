@@ -154,11 +154,12 @@ def main() -> None:
             if n:  # the first round warms up
                 seconds[kind].append(found)
             print(n, kind, *(f"{s:.2f}" for s in found), flush=True)
+    busy = " ".join(f"{value:.1f}" for value in os.getloadavg())
     libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"{Path(given.model).name}, {given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
         f"float32, rank {RANK} on {len(adapter.linear)} linear layers; {MANY} of rank {RANK_OF_MANY} in one pass",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads (load {busy})",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "runs": given.runs,
         "seconds": {
