@@ -276,7 +276,7 @@ def test_two_adapters_of_one_name_are_refused_before_anything_is_done(tmp_path):
     assert named(["owner/name"]) == [Task("owner--name", "owner/name")]
 
 
-@pytest.mark.parametrize("name", ["..", "../up", ".hidden", "a/b", "-o"])
+@pytest.mark.parametrize("name", ["..", "../up", ".hidden", "a/b", "-o", "fleet.json"])
 def test_a_name_that_would_lead_elsewhere_is_refused(name):
     with pytest.raises(InputError, match="cannot name a directory"):
         named([], [f"{name}\towner/adapter"])

@@ -72,10 +72,9 @@ def fleet(
     from lorapack.cli.progress import watch
     from lorapack.errors import GateError, InputError
     from lorapack.fleet import compress_fleet
-    from lorapack.fleet.fleet import SUMMARY
     from lorapack.fleet.local import run_local
     from lorapack.fleet.on_ray import run_ray
-    from lorapack.fleet.task import named
+    from lorapack.fleet.task import SUMMARY, named
     from lorapack.read.files import read_text
 
     context = click.get_current_context()

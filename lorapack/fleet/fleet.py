@@ -10,7 +10,7 @@ import lorapack
 from lorapack.data.rows import read_source
 from lorapack.errors import InputError, OutputError
 from lorapack.fleet.summary import VERSION, Summary, row, to_json
-from lorapack.fleet.task import Order, Outcome, Task, grouped
+from lorapack.fleet.task import PAGE, SUMMARY, Order, Outcome, Task, grouped
 from lorapack.job import chosen_method
 from lorapack.report.render import fleet_markdown
 from lorapack.ship.gates import Gates
@@ -18,7 +18,6 @@ from lorapack.watch import Watch, unwatched
 from lorapack.write.directory import refuse_overlap
 from lorapack.write.file import new_file
 
-SUMMARY, PAGE = "fleet.json", "fleet.md"
 Executor = Callable[[Order, Sequence[Task]], Iterator[Outcome]]
 
 
