@@ -34,7 +34,6 @@ COMMANDS: dict[str, list[str]] = {
     "recover with a state": [*RECOVER, "--state", "state", "-o", "new/out"],
     "sweep with a plot": ["sweep", "ADAPTER", *HELD, "--method", "rank:metric=weight", "--plot", "plot.png"],
     "evaluate with JUnit": ["evaluate", "ADAPTER", *SHORT, "--max-params", "200000", "--junit", "junit.xml"],
-    "push": ["push", "SMALLER", "somebody/smaller", "--dry-run", "--base", "somebody/base"],
     "export": ["export", "ADAPTER", "--base", "BASE", "--no-verify", "-o", "new/out"],
     "export apart": ["export", "ADAPTER", "--base", "BASE", "--separate", "--no-verify", "-o", "new/out"],
 }
@@ -65,14 +64,11 @@ def prepare(place: Path) -> dict[str, str]:
     shutil.copytree(BASE, inputs["BIN"], ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save(load_file(BASE / "model.safetensors"), inputs["BIN"] / "pytorch_model.bin")
     inputs |= {"FULL": place / "full", "SMALLER": place / "smaller"}
-    shutil.copytree(BASE, place / "base")  # the two are made with no path of this machine in them
-    shutil.copytree(ADAPTER, place / "adapter")
-    made = {"merge": [*COMMANDS["merge"][:-1], "full"], "compress": [*COMMANDS["compress"][:-1], "smaller"]}
-    near = {"BASE": "base", "ADAPTER": "adapter", "ROWS": inputs["ROWS"].name, "HELD": inputs["HELD"].name}
-    for command in made.values():
-        code, said = run([near.get(word, word) for word in command], place)
+    found = {name: str(path) for name, path in inputs.items()}
+    for name, out in (("merge", "full"), ("compress", "smaller")):
+        code, said = run([found.get(word, word) for word in [*COMMANDS[name][:-1], out]], place)
         assert code == 0, said
-    return {name: str(path) for name, path in inputs.items()}
+    return found
 
 
 def run(command: Sequence[str], place: Path) -> tuple[int, str]:

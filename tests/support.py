@@ -20,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lorapack.cli.main import main
 from lorapack.model.load import load
 from lorapack.read import read_adapter
 
@@ -115,6 +116,15 @@ def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.Comple
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         timeout=300,
     )
+
+
+def call(capsys, monkeypatch, *arguments):
+    """The command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["lorapack", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    return end.value.code, said.out, said.err
 
 
 def as_installed(**more: str) -> dict[str, str]:

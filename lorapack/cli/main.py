@@ -98,7 +98,7 @@ def _stop(number: int, _: Any) -> None:
 
 
 class Stopped(BaseException):
-    """A signal that ends the run; its number is the first argument. Of a KeyboardInterrupt click makes its own."""
+    """A signal that ends the run; its number is the first argument. Of KeyboardInterrupt click makes its own."""
 
 
 def _run(work: Callable[[], Any], debug: bool) -> int:

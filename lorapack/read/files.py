@@ -90,13 +90,16 @@ def file_digests(directory: Path) -> dict[str, str]:
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata.
 
+    They are copies: the library's own lie in the file, and a file that is cut off later would end the process.
+
     Raises:
         InputError: says whether it is cut off, has no valid header, or is an LFS pointer.
     """
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(diagnose(path, error)) from None
 
@@ -124,6 +127,10 @@ def diagnose(path: Path, error: Exception) -> str:
     """Why a safetensors file could not be read, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{path} cannot be read: {error.strerror}"
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"{path} has a name that is not UTF-8, which the safetensors library cannot open: rename it"
     try:
         with open(path, "rb") as file:
             start = file.read(32)
