@@ -1,5 +1,6 @@
 """The group of commands, and how their errors reach the user."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -80,7 +81,9 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug))
+    code = _run(lambda: cli.main(standalone_mode=False), debug)
+    gc.freeze()  # the process ends: nothing is gained by looking for cycles in all that was imported
+    sys.exit(code)
 
 
 def _run(work: Callable[[], Any], debug: bool) -> int:

@@ -3,10 +3,12 @@
 import re
 import time
 from collections.abc import Callable, Mapping
-
-import regex
+from typing import TYPE_CHECKING
 
 from lorapack.errors import InputError
+
+if TYPE_CHECKING:
+    import regex
 
 LONGEST = 10_000  # characters of a pattern; a regular expression of every module's name has fewer
 SECONDS = 5.0  # for all the names of one adapter; a real configuration takes milliseconds
@@ -27,6 +29,8 @@ def _compiled(pattern: str) -> "regex.Pattern[str]":
     """The pattern as PEFT matches it against a module's name, with a matcher that knows a time limit."""
     if len(pattern) > LONGEST:
         raise ValueError(f"it has {len(pattern):,} characters, at most {LONGEST:,} are read")
+    import regex  # here: nearly all patterns are names
+
     whole = rf"(.*\.)?({pattern})$"
     try:
         re.compile(whole)  # PEFT's own matcher must take it too
