@@ -99,7 +99,7 @@ def merge_adapter(
             "dtype": dtype,
             "changed": sorted(matched.changes),
         }
-        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if verify:
             from lorapack.verify import demand_same
             from lorapack.verify import verify as compare
@@ -225,14 +225,14 @@ def _write_texts(base: Base, directory: Path, adapters: Sequence[Path], dtype: O
     else:
         config = dict(base.config) if dtype == "auto" else _retyped(base.config, dtype)
         config |= {"tie_word_embeddings": False} if matched.untied else {}
-        (directory / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base.index is not None:
         total = sum(_bytes(directory / name) for name in base.shards)
         metadata = {**(base.index.get("metadata") or {}), "total_size": total}
         places = dict(base.index["weight_map"])
         places |= {new: places[old] for new, old in matched.untied.items()}
         index = {**base.index, "metadata": metadata, "weight_map": places}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes(path: Path) -> int:
