@@ -1,5 +1,6 @@
 """The group of commands, and how their errors reach the user."""
 
+import gc
 import os
 import signal
 import sys
@@ -89,7 +90,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second
             signal.signal(number, _stop)
-    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug))
+    code = _run(lambda: cli.main(standalone_mode=False), debug)
+    gc.freeze()  # the process ends: nothing is gained by looking for cycles in all that was imported
+    sys.exit(code)
 
 
 def _stop(number: int, _: Any) -> None:
