@@ -44,18 +44,21 @@ class Recipe:
         store: of the result; budgets are then percent of the original's bytes. None: fp32, and of its parameters.
         batch: rows a step.
         objective: of the recovery.
+        rate: the learning rate; None for the task's own.
         training_rows: whether the rows that the adapter was trained on are recovered on as well.
     """
 
     store: Store | None = None
     batch: int = BATCH
-    objective: Literal["kl", "both"] = "kl"
+    objective: Literal["kl", "both"] = "both"
+    rate: float | None = None
     training_rows: bool = False
 
     def named(self, arm: str) -> str:
         notes = [
             self.store and f"{STORED}{self.store}",
-            self.objective != "kl" and f"{self.objective} objectives",
+            self.objective != "both" and f"{self.objective} objective",
+            self.rate and f"rate {self.rate:g}",
             self.training_rows and "with training rows",
             self.batch != BATCH and f"{self.batch} rows a step",
         ]

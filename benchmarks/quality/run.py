@@ -2,7 +2,7 @@
 
     python benchmarks/quality/run.py TASK SEED --data DIR --models DIR --adapters DIR
         [--budgets 50 25 ...] [--recovery 0 100] [--arms adaptive rank ...] [--again ARM ...]
-        [--store int4] [--batch 32] [--objective both] [--training-rows]
+        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3] [--training-rows]
 
 Loads base and rows once, measures once; then plan, pack, recovery and the figures on the test rows. What
 RESULTS/TASK-SEED.json holds already is not run again, so it can be stopped and started at any time. The
@@ -48,7 +48,8 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--recovery", nargs="+", type=int, default=[0], help="steps; 0 is without")
     found.add_argument("--store", choices=STORES, help="of the result; budgets are then percent of the bytes")
     found.add_argument("--batch", type=int, default=BATCH, help="rows a step of the recovery")
-    found.add_argument("--objective", choices=("kl", "both"), default="kl", help="of the recovery")
+    found.add_argument("--objective", choices=("kl", "both"), default="both", help="of the recovery")
+    found.add_argument("--rate", type=float, help="learning rate of the recovery, instead of the task's own")
     found.add_argument("--training-rows", action="store_true", help="recover on the adapter's own training rows too")
     found.add_argument("--again", nargs="+", default=[], help="arms to run again, because their method has changed")
     return found
@@ -56,7 +57,7 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> None:
     given = options().parse_args()
-    recipe = Recipe(given.store, given.batch, given.objective, given.training_rows)
+    recipe = Recipe(given.store, given.batch, given.objective, given.rate, given.training_rows)
     here = setting(given, most_recovery=recipe.batch * max(given.recovery), training_rows=recipe.training_rows)
     path = given.results / f"{given.task}-{given.seed}.json"
     result = opened(path, here.facts, given.again)
@@ -117,7 +118,7 @@ def main() -> None:
             if key(entry) in made:
                 keep(entry, found[key(entry)])
     for steps in given.recovery if not recipe.store else ():
-        entry = control(recipe.named(FULL), steps)
+        entry = control(replace(recipe, objective="both").named(FULL), steps)
         if steps and key(entry) not in done:  # the task's loss: the distance to itself is nothing to learn from
             smaller = recovered(here, original, entry, recipe, objective="task")
             keep(entry | sizes(original, smaller), score_all(here, {FULL: smaller})[FULL])
@@ -185,7 +186,7 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Rec
 def recovered(here: Setting, packed: Adapter, entry: Entry, recipe: Recipe, **more: Any) -> Adapter:
     settings = Settings(
         entry["recovery"],
-        learning_rate=here.task.recovery_rate,
+        learning_rate=recipe.rate or here.task.recovery_rate,
         batch_size=recipe.batch,
         **{"objective": recipe.objective, **more},
     )
