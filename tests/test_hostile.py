@@ -14,13 +14,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
-from readers import LORA, PAIRS, READERS
+from readers import KEPT, LORA, MOMENTS, PAIRS, READERS
+from safetensors.torch import save
 
 from lorapack.errors import InputError
 from lorapack.read import read_adapter
 from lorapack.read.config import check_config
 from lorapack.read.files import LARGEST_JSON
 from lorapack.read.patterns import SECONDS, first_match
+from lorapack.recover import state
 
 JSON = ["adapter_config", "compact_config", "plan", "report", "base_config", "base_index"]
 JSON += ["kohya_names", "diffusers_metadata", "mlx_config", "gguf_config"]
@@ -94,6 +96,30 @@ def test_a_report_whose_rows_are_not_named_is_refused(parts, tmp_path):
     report = json.loads(READERS["report"].good)
     report["data"] = {"parts": parts}
     assert "data.parts" in read("report", json.dumps(report).encode(), tmp_path)
+
+
+# What fuzzing found: the reader, and the bytes that it stumbled over.
+
+FOUND = [
+    ("recovery_state", lambda: save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: "-1"})),
+    ("recovery_state", lambda: changed_header(KEPT, step=float("inf"))),
+    ("statistics", lambda: changed_header(MOMENTS, tokens=float("inf"))),
+    ("statistics", lambda: save({"q.forward": torch.eye(2)}, {"lorapack_statistics": "[" * 100_000})),
+]
+
+
+def changed_header(data, **changes):
+    """A safetensors file with other values in the JSON that is its one metadatum."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    ((key, text),) = header["__metadata__"].items()
+    header["__metadata__"] = {key: json.dumps(json.loads(text) | changes)}
+    return headed(json.dumps(header).encode()) + data[8 + length :]
+
+
+@pytest.mark.parametrize(("name", "found"), FOUND)
+def test_what_fuzzing_found_is_refused(name, found, tmp_path):
+    assert read(name, found(), tmp_path)
 
 
 # Bombs: small files that would become large in memory.
