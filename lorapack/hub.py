@@ -50,6 +50,18 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
     return found
 
 
+def find_adapter_config(source: str | Path) -> Path:
+    """The `adapter_config.json` of an adapter, of which nothing else is fetched.
+
+    Raises:
+        InputError: neither a directory nor a repository within reach.
+    """
+    path = Path(source)
+    if path.exists() or not _ID.match(str(source)):
+        return path / CONFIG
+    return _snapshot(str(source), None, [CONFIG]) / CONFIG
+
+
 def find_base(source: str | Path, revision: str | None = None) -> Path:
     """The local directory of a base model; one on the Hub is put into the Hub's own cache.
 

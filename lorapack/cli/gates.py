@@ -23,7 +23,7 @@ def take_gates(settings: dict[str, Any], quality: bool, without: str) -> tuple[G
     """
     names = ("min_retained", "max_loss_increase", "max_bytes", "max_params")
     gates = Gates(**{name: settings.pop(name) for name in names})
-    target: str | None = settings.pop("junit")
+    target: str | None = settings.pop("junit", None)
     if gates.of_quality and not quality:
         raise InputError(f"{gates.of_quality[0]} needs {without}")
     if target is not None:

@@ -18,6 +18,7 @@ from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.export import export
 from lorapack.cli.extract import extract
+from lorapack.cli.fleet import fleet
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -53,6 +54,7 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
 
 for command in (
     compress,
+    fleet,
     inspect,
     measure,
     plan,

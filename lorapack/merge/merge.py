@@ -18,7 +18,7 @@ from lorapack.hub import find_adapter, find_base
 from lorapack.merge.base import INDEX, MODEL_CONFIG, Base, companions, read_base
 from lorapack.merge.layout import FLOATS, Entry, Shard, header, read_shard
 from lorapack.merge.match import Change, Matched, match
-from lorapack.merge.stream import Files, change, copy, write
+from lorapack.merge.stream import Files, Scratch, change, copy, write
 from lorapack.merge.updates import Updates, read_updates, weighted
 from lorapack.write.directory import new_directory, refuse_overlap
 
@@ -164,12 +164,13 @@ def _jobs(
     """The work of a shard: changed tensors one by one, untouched ones in runs that lie together on both sides."""
     jobs: list[Callable[[], None]] = []
     runs: list[tuple[int, int, int]] = []
+    scratch = Scratch()
     for name, entry in sources.items():
         target = targets[name]
         what = changes.get(name)
         if what is not None or target.dtype != entry.dtype:
             what = what or Change()
-            jobs.append(lambda n=name, e=entry, t=target, w=what: change(files, n, e, t, w))  # type: ignore[misc]
+            jobs.append(lambda n=name, e=entry, t=target, w=what: change(files, n, e, t, w, scratch))  # type: ignore[misc]
         elif runs and (runs[-1][1], runs[-1][2]) == (entry.start, target.start - (runs[-1][1] - runs[-1][0])):
             runs[-1] = (runs[-1][0], entry.stop, runs[-1][2])
         else:
