@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 SHOWN = 40  # rows on the terminal; of a larger fleet only those that went wrong
 
@@ -100,12 +101,12 @@ def fleet(
         click.echo("lorapack: interrupted; what is finished stays, and the same command goes on from it", err=True)
         raise click.exceptions.Exit(130) from None
     if as_json:
-        click.echo(Path(out, SUMMARY).read_text(), nl=False)
+        say(Path(out, SUMMARY).read_text(encoding="utf-8"), nl=False)
     else:
         from lorapack.cli.show import print_fleet
 
         print_fleet(summary, SHOWN)
-        click.echo(f"Wrote {out}")
+        say(f"Wrote {out}")
     failed, missed = summary.of_state("failed"), summary.of_state("gate missed")
     if failed:
         first = f"{failed[0].name}: {failed[0].problem}"

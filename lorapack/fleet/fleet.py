@@ -114,4 +114,4 @@ def _put(place: Path, texts: Mapping[str, str]) -> None:
     """Files that say how a run went, in place of those of an earlier run."""
     for name, text in texts.items():
         with new_file(place / name, overwrite=True) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
