@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pydantic
 
 from lorapack.errors import InputError
 
 Value = TypeVar("Value")
+MOST = 300_000  # entries of a file; each that is wrong takes some 400 bytes until all are looked at
+MOST_SHOWN = 1000
 
 
 def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
@@ -26,21 +28,37 @@ def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: Invalid JSON: {error}") from None
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(value, extra="forbid")
-    except pydantic.ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+    return _validated(kind, value, "forbid", where)
 
 
 def parse_value(kind: type[Value], value: Mapping[str, Any], where: str) -> Value:
     """Like `parse` for JSON already read; fields that `kind` lacks are ignored."""
+    return _validated(kind, dict(value), "ignore", where)
+
+
+def _validated(kind: type[Value], value: Any, extra: Literal["forbid", "ignore"], where: str) -> Value:
+    if _entries(value) > MOST:
+        raise InputError(f"{where}: more than {MOST:,} entries, those of some 30,000 modules; nothing larger is read")
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(value), extra="ignore")
+        return pydantic.TypeAdapter(kind).validate_python(value, extra=extra)
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
+def _entries(value: Any) -> int:
+    """How many entries all lists and objects in a JSON value have together; counted until there are too many."""
+    count, left = 0, [value]
+    while left and count <= MOST:
+        inner = left.pop()
+        items = list(inner.values()) if isinstance(inner, dict) else inner
+        count += len(items)
+        left += [item for item in items if isinstance(item, (dict, list))]
+    return count
+
+
 def _explain(error: pydantic.ValidationError) -> str:
+    if error.error_count() > MOST_SHOWN:  # the library would make a dictionary of each
+        return f"{error.error_count():,} fields are unknown or not as they should be: it is another file, or damaged"
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part).replace("\n", " ") for part in first["loc"])
     return f"{path}: {first['msg']}" if path else str(first["msg"])
