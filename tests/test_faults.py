@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from readers import LORA, PAIRS
@@ -18,6 +19,8 @@ from lorapack.cli.main import GATE
 from lorapack.errors import InputError
 from lorapack.export.record import read_record
 from lorapack.merge.base import companions
+from lorapack.merge.layout import fill
+from lorapack.merge.stream import Files, copy
 from lorapack.read.files import read_bin, read_json, read_safetensors
 from lorapack.read.patterns import check_time
 
@@ -212,6 +215,17 @@ def test_a_file_that_is_cut_off_after_it_was_read_changes_nothing(tmp_path):
     found = read_safetensors(tmp_path / "file.safetensors")[0]["a"]
     os.truncate(tmp_path / "file.safetensors", 100)  # of a view of the file, the next line would end the process
     assert torch.equal(found, torch.ones(100_000))
+
+
+def test_a_base_that_is_cut_off_while_it_is_read_is_one_line(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(1000))
+    with open(source, "rb") as file, open(target, "wb") as out:
+        os.truncate(source, 10)
+        with pytest.raises(InputError, match="cut off while it was read"):
+            fill(file.fileno(), np.empty(1000, np.uint8), 0)
+        with pytest.raises(InputError, match="cut off while it was read"):
+            copy(Files(file.fileno(), out.fileno()), 0, 1000, 0)
 
 
 # Patterns that PEFT itself would match
