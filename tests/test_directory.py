@@ -301,26 +301,33 @@ def test_one_that_appears_after_the_last_look_is_left_as_it_is(tmp_path, monkeyp
     assert names(tmp_path) == ["out"]
 
 
+def codes_of_many(work):
+    """The exit codes of six processes that begin at once: 3 where `work` of its number was refused."""
+    start = Gate()
+
+    def begin(number):
+        os.close(start.write)
+        start.wait()
+        try:
+            work(number)
+        except OutputError:
+            return 3
+        return 0
+
+    pids = [child(lambda number=number: begin(number)) for number in range(6)]
+    os.close(start.write)  # the last one: now all of them start
+    codes = [code_of(pid) for pid in pids]
+    os.close(start.read)
+    return codes
+
+
 def test_of_many_at_once_exactly_one_wins(tmp_path):
     for attempt in range(12):
-        out, start = tmp_path / f"out{attempt}", Gate()
-
-        def work(number, out=out, start=start):
-            os.close(start.write)
-            start.wait()
-            try:
-                make(out, str(number))
-            except OutputError:
-                return 3
-            return 0
-
-        pids = [child(lambda number=number: work(number)) for number in range(6)]
-        os.close(start.write)  # the last one: now all of them start
-        codes = [code_of(pid) for pid in pids]
-        os.close(start.read)
-        winner = codes.index(0)
+        out = tmp_path / f"out{attempt}"
+        codes = codes_of_many(lambda number, out=out: make(out, str(number)))
+        winner = str(codes.index(0))
         assert sorted(codes) == [0, 3, 3, 3, 3, 3]
-        assert content(out) == (str(winner), str(winner))
+        assert content(out) == (winner, winner)
     assert names(tmp_path) == sorted(f"out{attempt}" for attempt in range(12))
 
 
@@ -336,29 +343,19 @@ def test_a_file_that_a_killed_run_left_is_swept_by_the_next(tmp_path):
 
     assert code_of(child(work)) == -signal.SIGKILL
     assert len(names(tmp_path)) == 1 and names(tmp_path)[0].startswith(".plan.json.lorapack-")
-    with new_file(tmp_path / "plan.json") as file:
-        file.write_text("new")
+    put(tmp_path / "plan.json", "new")
     assert names(tmp_path) == ["plan.json"] and (tmp_path / "plan.json").read_text() == "new"
+
+
+def put(out, text):
+    with new_file(out) as file:
+        file.write_text(text)
 
 
 def test_of_many_files_at_once_exactly_one_wins(tmp_path):
     for attempt in range(12):
-        out, start = tmp_path / f"file{attempt}", Gate()
-
-        def work(number, out=out, start=start):
-            os.close(start.write)
-            start.wait()
-            try:
-                with new_file(out) as file:
-                    file.write_text(str(number))
-            except OutputError:
-                return 3
-            return 0
-
-        pids = [child(lambda number=number: work(number)) for number in range(6)]
-        os.close(start.write)
-        codes = [code_of(pid) for pid in pids]
-        os.close(start.read)
+        out = tmp_path / f"file{attempt}"
+        codes = codes_of_many(lambda number, out=out: put(out, str(number)))
         assert sorted(codes) == [0, 3, 3, 3, 3, 3]
         assert out.read_text() == str(codes.index(0))
     assert names(tmp_path) == sorted(f"file{attempt}" for attempt in range(12))
