@@ -43,8 +43,8 @@ def trial(command: Sequence[str], mount: Path, size: int) -> dict[str, Any]:
 
 def is_fault(found: dict[str, Any]) -> bool:
     """Whether a trial ended otherwise than it should: done, or refused in one line with nothing left."""
-    if found["code"] == 0:
-        return any(".lorapack-" in name for name in found["left"])
+    if found["code"] == 0 or found["size"] == PLENTY:
+        return found["code"] != 0 or any(".lorapack-" in name for name in found["left"])
     lines = found["said"].strip().splitlines()
     one = len(lines) == 1 and lines[0].startswith("lorapack: ") and "fault" not in lines[0]
     return found["code"] != 2 or not one or bool(found["left"])
@@ -61,6 +61,8 @@ def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
             command = [inputs.get(word, word) for word in COMMANDS[name]]
             roomy = trial(command, mount, PLENTY)
             print(json.dumps({"command": name, **roomy}), flush=True)
+            if roomy["code"]:
+                continue
             blocks = math.ceil(roomy["taken"] / BLOCK)
             for count in [round(blocks * part) for part in sizes] or itertools.count(1, step):
                 found = trial(command, mount, max(1, count) * BLOCK)
