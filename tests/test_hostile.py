@@ -104,6 +104,7 @@ FOUND = [
     ("recovery_state", lambda: save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: "-1"})),
     ("recovery_state", lambda: changed_header(KEPT, step=float("inf"))),
     ("statistics", lambda: changed_header(MOMENTS, tokens=float("inf"))),
+    ("points", lambda: b"9223372036854775808"),
     ("statistics", lambda: save({"q.forward": torch.eye(2)}, {"lorapack_statistics": "[" * 100_000})),
 ]
 

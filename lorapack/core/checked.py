@@ -47,7 +47,7 @@ def _validated(kind: type[Value], value: Any, extra: Literal["forbid", "ignore"]
 
 def _entries(value: Any) -> int:
     """How many entries all lists and objects in a JSON value have together; counted until there are too many."""
-    count, left = 0, [value]
+    count, left = 0, [value] if isinstance(value, (dict, list)) else []
     while left and count <= MOST:
         inner = left.pop()
         items = list(inner.values()) if isinstance(inner, dict) else inner
