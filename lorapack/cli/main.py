@@ -86,6 +86,11 @@ def main() -> None:
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     spell_out_letters()
+    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug, _heed_signals()))
+
+
+def _heed_signals() -> Sequence[signal.Signals]:
+    """Let a signal end the run so that what is half written is removed; those that came are told by what it gives."""
     came: list[signal.Signals] = []
 
     def stop(number: int, _: Any) -> None:
@@ -97,7 +102,7 @@ def main() -> None:
     for number, handler in usual.items():
         if signal.getsignal(number) == handler:  # in the background the first is ignored, under `nohup` the last
             signal.signal(number, stop)
-    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug, came))
+    return came
 
 
 class Stopped(BaseException):
