@@ -96,7 +96,7 @@ def fleet(
         **settings,
     )
     if as_json:
-        say(Path(out, SUMMARY).read_text(), nl=False)
+        say(Path(out, SUMMARY).read_text(encoding="utf-8"), nl=False)
     else:
         from lorapack.cli.show import print_fleet
 
