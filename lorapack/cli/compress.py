@@ -72,6 +72,7 @@ def compress(
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.processes import others_leave
     from lorapack.read.files import REPORT
     from lorapack.ship.gates import judge
     from lorapack.write import new_directory, put_adapter
@@ -91,6 +92,7 @@ def compress(
             stop=on_signal,
             **settings,
         )
+        others_leave()
         told = judge(gates, made.report.after, made.report.quality)
         run = {**made.report.run, "command": options.spelled(click.get_current_context())}
         report = replace(made.report, gates=told, run=run)

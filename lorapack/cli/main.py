@@ -29,6 +29,7 @@ from lorapack.cli.report import report
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
+from lorapack.processes import join, tells
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
 HELP = ["-h", "--help"]
@@ -43,6 +44,7 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
     if ctx.invoked_subcommand == config_group.name or set(HELP) & set(sys.argv):  # they work beside a bad file too
         return
+    join()
     found = find_config(config)
     if found is not None:
         ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
@@ -114,5 +116,6 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"lorapack: {message}", err=True)
+    if tells():
+        click.echo(f"lorapack: {message}", err=True)
     return code

@@ -47,6 +47,7 @@ def recover(
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.processes import others_leave
     from lorapack.read.files import REPORT
     from lorapack.recover import Settings
     from lorapack.recovery import recover_adapter
@@ -68,6 +69,7 @@ def recover(
             stop=on_signal,
             **settings,
         )
+        others_leave()
         run = {**made.report.run, "command": options.spelled(click.get_current_context())}
         report = replace(made.report, run=run)
         put_adapter(made.adapter, directory, report=report)

@@ -10,6 +10,7 @@ from torch import Tensor
 from lorapack.core.statistics import Moments, Statistics
 from lorapack.data.batches import Batch
 from lorapack.errors import InputError
+from lorapack.measure.sums import Sums
 from lorapack.model import head
 from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body
 from lorapack.model.head import features, logits, separable
@@ -85,12 +86,11 @@ def measure_moments(
     modules = list(modules)
     if loss:
         separable(loaded)  # tried before the hooks see what it tries with
-    sums: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
+    sums: Sums[tuple[str, str]] = Sums()
     weights = _Weights()
-    weight = tokens = samples = 0.0
 
     def sum_up(module: str, part: str, product: Tensor) -> None:
-        sums[module][part] = product if part not in sums[module] else sums[module][part] + product
+        sums.add((module, part), product)
 
     def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
         sum_up(module, part, (left * each).T @ right)
@@ -124,25 +124,30 @@ def measure_moments(
 
         return forward
 
+    def run(batch: Batch) -> None:
+        weights.set(batch, average)
+        sums.add(("", "weight"), weights.values.sum())
+        sums.add(("", "tokens"), weights.mask.sum().double())
+        sums.add(("", "samples"), weights.of_row.new_tensor(len(batch.input_ids)))
+        if loss:
+            _pull(loaded, batch)
+        else:
+            run_body(loaded, batch)
+
     with hooked(loaded, {module: hook(module) for module in modules}), torch.set_grad_enabled(loss):
-        for batch in batches:
-            batch = batch.to(loaded.device)
-            weights.set(batch, average)
-            weight += float(weights.values.sum())
-            tokens += int(weights.mask.sum())
-            samples += len(batch.input_ids)
-            if loss:
-                _pull(loaded, batch)
-            else:
-                run_body(loaded, batch)
+        sums.over(loaded, batches, run)
+    found: dict[str, dict[str, Tensor]] = {module: {} for module in ("", *modules)}
+    for (module, part), value in sums.done.items():
+        found[module][part] = value.cpu()
+    counts = {part: float(value) for part, value in found[""].items()}
     for module in modules:
-        if not sums[module]:
+        if not found[module]:
             raise InputError(f"{module} was never reached by the calibration data, so it cannot be measured")
     return Statistics(
-        modules={module: Moments(**{part: value.cpu() for part, value in sums[module].items()}) for module in modules},
-        weight=weight,
-        tokens=int(tokens),
-        samples=int(samples),
+        modules={module: Moments(**found[module]) for module in modules},
+        weight=counts["weight"],
+        tokens=int(counts["tokens"]),
+        samples=int(counts["samples"]),
         average=average,
         provenance=dict(provenance or {}),
     )
@@ -177,26 +182,26 @@ def measure_inputs(
         For each module a (q, q) float64 mean.
     """
     on_device = {id(q): q.to(loaded.device) for q in bases.values()}
-    sums: dict[str, Tensor] = {}
+    sums: Sums[str] = Sums()
     weights = _Weights()
-    weight = 0.0
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             x, each = weights.pick(module, given[0])
             y = x @ on_device[id(bases[module])].T
-            product = (y * each).T @ y
-            sums[module] = product if module not in sums else sums[module] + product
+            sums.add(module, (y * each).T @ y)
 
         return forward
 
+    def run(batch: Batch) -> None:
+        weights.set(batch, average)
+        sums.add("", weights.values.sum())
+        run_body(loaded, batch)
+
     with hooked(loaded, {module: hook(module) for module in bases}), torch.no_grad():
-        for batch in batches:
-            batch = batch.to(loaded.device)
-            weights.set(batch, average)
-            weight += float(weights.values.sum())
-            run_body(loaded, batch)
-    return {module: (total / weight).cpu() for module, total in sums.items()}
+        sums.over(loaded, batches, run)
+    weight = float(sums.done.pop(""))
+    return {module: (sums.done[module] / weight).cpu() for module in bases if module in sums.done}
 
 
 @contextmanager
