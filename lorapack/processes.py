@@ -160,14 +160,21 @@ def anywhere(flag: bool) -> bool:
     return any(gathered(flag))
 
 
-def agree(what: str, value: str) -> None:
-    """Check that all processes have come to the same.
+def from_first(value: Item) -> Item:
+    """The first process's value, on all: what is decided, so that machines that round differently go on as one.
 
     Raises:
-        InputError: they have not.
+        InputError: another process has ended.
     """
-    if len(set(gathered(value))) > 1:
-        raise InputError(f"the processes have come to different {what}: run them on machines of one kind")
+    if _store is None:
+        return value
+    from torch import distributed
+
+    found: list[Any] = [value]
+    with _others():
+        distributed.broadcast_object_list(found, src=0)
+    decided: Item = found[0]
+    return decided
 
 
 @contextmanager

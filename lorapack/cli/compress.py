@@ -63,6 +63,7 @@ def compress(
       lorapack compress my-adapter --data calibration.jsonl -o smaller
       lorapack compress my-adapter --data calibration.jsonl -o smaller --min-retained 99%
     """
+    from contextlib import nullcontext
     from dataclasses import replace
     from pathlib import Path
 
@@ -72,7 +73,7 @@ def compress(
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.hub import adapter_name, find_adapter, read_adapter
-    from lorapack.processes import others_leave
+    from lorapack.processes import first, others_leave
     from lorapack.read.files import REPORT
     from lorapack.ship.gates import judge
     from lorapack.write import new_directory, put_adapter
@@ -80,7 +81,8 @@ def compress(
     gates, junit = take_gates(settings, quality=data is not None, without="--data")
     source = read_adapter(find_adapter(adapter, revision))
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
-    with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path)) as directory:
+    place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path))
+    with place_for if first() else nullcontext(Path()) as directory:
         made = compress_adapter(
             source,
             data,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -82,10 +83,11 @@ def measured(
 
     with torch.no_grad():
         found = [piecewise(loaded, batch, run) if batch else [] for batch in rounds(batches)]
-    in_order: list[tuple[float, int]] = [
-        piece for each in zip(*gathered(found), strict=True) for pieces in each for piece in pieces
-    ]
-    return sum(total for total, _ in in_order) / sum(count for _, count in in_order)
+    total, count = 0.0, 0
+    for one_round in zip(*gathered(found), strict=True):
+        for value, number in chain.from_iterable(one_round):
+            total, count = total + value, count + number
+    return total / count
 
 
 def backward(
