@@ -32,7 +32,7 @@ from lorapack.job import (
     plan_budget,
     smallest_plan,
 )
-from lorapack.measure.moments import Average
+from lorapack.measure.sums import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.pack.store import sides, store_adapter

@@ -16,7 +16,8 @@ from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
 from lorapack.measure.measure import measure_rows
-from lorapack.measure.moments import Average, measure_inputs
+from lorapack.measure.moments import measure_inputs
+from lorapack.measure.sums import Average
 from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point

@@ -11,7 +11,7 @@ from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
 from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, plan_budget
-from lorapack.measure.moments import Average
+from lorapack.measure.sums import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
 from lorapack.pack.store import sides, store_adapter

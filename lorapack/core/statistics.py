@@ -116,13 +116,13 @@ def add(first: Statistics, second: Statistics) -> Statistics:
     """The statistics of both shards together: of their sums; what is learnt (triplets, omega) does not add.
 
     Raises:
-        InputError: they are of different modules, adapters, bases or averages.
+        InputError: they are of different modules, adapters, bases, activations or averages.
     """
     if first.modules.keys() != second.modules.keys():
         raise InputError("the two statistics are of different modules and cannot be added")
     for name, one, two in (
         ("average", first.average, second.average),
-        *((key, first.provenance.get(key), second.provenance.get(key)) for key in ("adapter", "base_model")),
+        *((k, first.provenance.get(k), second.provenance.get(k)) for k in ("adapter", "base_model", "activations")),
     ):
         if one != two:
             raise InputError(f"the two statistics differ in {name} ({one!r} and {two!r}) and cannot be added")

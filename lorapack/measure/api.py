@@ -7,7 +7,7 @@ from lorapack.core.statistics import Need, Statistics
 from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
 from lorapack.measure.measure import measure_rows
-from lorapack.measure.moments import Average
+from lorapack.measure.sums import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.watch import Watch, unwatched
 

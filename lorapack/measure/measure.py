@@ -1,14 +1,17 @@
 """Measure what plans need, each part in its own pass."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lorapack.core.adapter import Adapter, digest
 from lorapack.core.statistics import Need, Statistics
 from lorapack.data.batches import batches, training_batches
 from lorapack.data.prepare import Prepared
+from lorapack.errors import InputError
 from lorapack.measure.gradients import measure_gradients
-from lorapack.measure.moments import Average, measure_moments
+from lorapack.measure.moments import measure_moments
 from lorapack.measure.omega import learn_omega
+from lorapack.measure.on_base import measure_moments_on_base
+from lorapack.measure.sums import Average
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.watch import Watch, unwatched
@@ -60,3 +63,41 @@ def measure_rows(
         omega, allowed = learn_omega(loaded, adapter, small, watch)
         found = found.having({m: {"omega": weights} for m, weights in omega.items()}, omega=allowed)
     return found
+
+
+def measure_rows_on_base(
+    loaded: Loaded,
+    adapters: Mapping[str, Adapter],
+    prepared: Prepared,
+    need: Need,
+    *,
+    average: Average = "token",
+    batch_tokens: int = 4096,
+    watch: Watch = unwatched,
+) -> dict[str, Statistics]:
+    """The moments of several adapters of one base in one pass over the calibration rows, see `measure_moments_on_base`.
+
+    Args:
+        loaded: the base; it is left pointing to no adapter.
+        adapters: by a name, which the results have as well.
+        prepared: its calibration rows are used.
+        need: ``"forward"`` or ``"backward"``; what is learnt, gradients and omega, is learnt of one adapter at a time.
+        average: each token weighs 1 in the moments, or each row does.
+        batch_tokens: tokens a batch.
+        watch: sees the batches go by.
+
+    Raises:
+        InputError: another need, or an adapter that cannot be measured so.
+    """
+    if need not in ("forward", "backward"):
+        raise InputError(f"{need} cannot be measured of several adapters in one pass: measure each alone")
+    loss = need == "backward"
+    size = loaded.tokens_with_logits(batch_tokens) if loss else batch_tokens
+    return measure_moments_on_base(
+        loaded,
+        adapters,
+        watch("measure", batches(prepared.calibration, size, loaded.pad)),
+        loss=loss,
+        average=average,
+        provenance={"base_model": loaded.base_model, "data": prepared.facts},
+    )

@@ -2,59 +2,23 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lorapack.core.statistics import Moments, Statistics
+from lorapack.core.statistics import Statistics
 from lorapack.data.batches import Batch
-from lorapack.errors import InputError
-from lorapack.measure.sums import Sums
+from lorapack.measure.sums import Average, Sums, Weights
 from lorapack.model import head
 from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body
 from lorapack.model.head import features, logits, separable
 from lorapack.model.load import NAME, Loaded
+from lorapack.model.memory import piecewise
+from lorapack.processes import rounds
 
-Average = Literal["token", "sample"]
-
-
-class _Weights:
-    """The batch at hand: which positions are tokens, and what each weighs in the sums."""
-
-    mask: Tensor
-    values: Tensor
-    of_row: Tensor
-
-    def set(self, batch: Batch, average: Average) -> None:
-        self.mask = batch.attention_mask.bool()
-        lengths = batch.attention_mask.sum(dim=1, keepdim=True).double()
-        each = torch.ones_like(lengths) if average == "token" else 1 / lengths
-        self.of_row = each
-        self.values = each.expand_as(self.mask)[self.mask]
-
-    def pick(self, module: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The values at the tokens, padding left out, (tokens, n) float64, and the weight of each, (tokens, 1).
-
-        A module that sees one vector a row (a pooler) has each of them counted once.
-        """
-        if values.ndim == 2 and len(values) == len(self.mask):
-            found = values.detach().double()
-            return found, torch.ones_like(found[:, :1])
-        if values.ndim != 3 or values.shape[:2] != self.mask.shape:
-            raise InputError(
-                f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
-                "so padding cannot be told apart; it cannot be measured"
-            )
-        return values.detach()[self.mask].double(), self.values[:, None]
-
-    def by_row(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's sum of ``left right^T`` over its tokens, (rows, m, n) float64, and its weight, (rows, 1, 1)."""
-        if left.ndim == 2:
-            return left.detach().double()[:, :, None] * right.detach().double()[:, None, :], self.of_row[:, :, None]
-        hidden = ~self.mask[:, :, None]
-        one, two = (values.detach().double().masked_fill(hidden, 0.0) for values in (left, right))
-        return one.transpose(1, 2) @ two, self.of_row[:, :, None]
+Hooks = Mapping[str, tuple[nn.Module, Callable[[Any, Any, Tensor], None]]]
+"""For each module what is hooked, and the hook."""
 
 
 def measure_moments(
@@ -83,74 +47,45 @@ def measure_moments(
     Raises:
         InputError: a module that is never reached, or whose tokens cannot be told from padding.
     """
-    modules = list(modules)
-    if loss:
-        separable(loaded)  # tried before the hooks see what it tries with
-    sums: Sums[tuple[str, str]] = Sums()
-    weights = _Weights()
-
-    def sum_up(module: str, part: str, product: Tensor) -> None:
-        sums.add((module, part), product)
-
-    def add(module: str, part: str, left: Tensor, right: Tensor, each: Tensor) -> None:
-        sum_up(module, part, (left * each).T @ right)
-
-    def gram(module: str) -> tuple[Tensor, Tensor]:
-        """A A^T and B^T B."""
-        layer = loaded.layers[module]
-        a, b = layer.lora_A[NAME].weight.detach().double(), layer.lora_B[NAME].weight.detach().double()
-        return a @ a.T, b.T @ b
+    weights = Weights(average)
+    factors = {m: (loaded.layers[m].lora_A[NAME].weight, loaded.layers[m].lora_B[NAME].weight) for m in modules}
+    sums = Sums(weights, factors)
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, __: Any, h: Tensor) -> None:
-            seen, each = weights.pick(module, h)
-            add(module, "forward", seen, seen, each)
+            sums.forward(module, h)
             if loss:
                 if not h.requires_grad:
                     h.requires_grad_()  # frozen factors: the graph begins here, no weight gradient is computed
-
-                def backward(u: Tensor) -> None:
-                    found, _ = weights.pick(module, u)
-                    add(module, "backward", found, found, each)
-                    add(module, "cross", found, seen, each)
-                    inside_a, inside_b = gram(module)
-                    add(module, "token_forward", seen, seen, each * ((found @ inside_a) * found).sum(1, True))
-                    add(module, "token_backward", found, found, each * ((seen @ inside_b) * seen).sum(1, True))
-                    rows, of_row = weights.by_row(u, h)
-                    sum_up(module, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
-                    sum_up(module, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
-
-                h.register_hook(backward)  # type: ignore[no-untyped-call]
+                seen = h.detach()
+                h.register_hook(lambda u: sums.backward(module, seen, u))  # type: ignore[no-untyped-call]
 
         return forward
 
-    def run(batch: Batch) -> None:
-        weights.set(batch, average)
-        sums.add(("", "weight"), weights.values.sum())
-        sums.add(("", "tokens"), weights.mask.sum().double())
-        sums.add(("", "samples"), weights.of_row.new_tensor(len(batch.input_ids)))
+    run(loaded, {m: (loaded.layers[m].lora_A[NAME], hook(m)) for m in factors}, batches, weights, loss)
+    return sums.statistics(provenance or {})
+
+
+def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights, loss: bool = False) -> None:
+    """This process's batches through the model, forward and, with the loss, backward, while forward hooks look on.
+
+    What the hooks add to the totals of `weights` is there afterwards, of the batches of all processes.
+    """
+    if loss:
+        separable(loaded)  # tried before the hooks see what it tries with
+
+    def through(batch: Batch) -> None:
+        weights.set(batch)
         if loss:
             _pull(loaded, batch)
         else:
             run_body(loaded, batch)
 
-    with hooked(loaded, {module: hook(module) for module in modules}), torch.set_grad_enabled(loss):
-        sums.over(loaded, batches, run)
-    found: dict[str, dict[str, Tensor]] = {module: {} for module in ("", *modules)}
-    for (module, part), value in sums.done.items():
-        found[module][part] = value.cpu()
-    counts = {part: float(value) for part, value in found[""].items()}
-    for module in modules:
-        if not found[module]:
-            raise InputError(f"{module} was never reached by the calibration data, so it cannot be measured")
-    return Statistics(
-        modules={module: Moments(**found[module]) for module in modules},
-        weight=counts["weight"],
-        tokens=int(counts["tokens"]),
-        samples=int(counts["samples"]),
-        average=average,
-        provenance=dict(provenance or {}),
-    )
+    with hooked(hooks), torch.set_grad_enabled(loss):
+        for batch in rounds(batches):
+            if batch is not None:
+                piecewise(loaded, batch, through, weights.totals.forget)
+            weights.totals.settle()
 
 
 def _pull(loaded: Loaded, batch: Batch) -> None:
@@ -182,32 +117,25 @@ def measure_inputs(
         For each module a (q, q) float64 mean.
     """
     on_device = {id(q): q.to(loaded.device) for q in bases.values()}
-    sums: Sums[str] = Sums()
-    weights = _Weights()
+    weights = Weights(average)
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             x, each = weights.pick(module, given[0])
             y = x @ on_device[id(bases[module])].T
-            sums.add(module, (y * each).T @ y)
+            weights.totals.add(("inputs", module), (y * each).T @ y)
 
         return forward
 
-    def run(batch: Batch) -> None:
-        weights.set(batch, average)
-        sums.add("", weights.values.sum())
-        run_body(loaded, batch)
-
-    with hooked(loaded, {module: hook(module) for module in bases}), torch.no_grad():
-        sums.over(loaded, batches, run)
-    weight = float(sums.done.pop(""))
-    return {module: (sums.done[module] / weight).cpu() for module in bases if module in sums.done}
+    run(loaded, {m: (loaded.layers[m].lora_A[NAME], hook(m)) for m in bases}, batches, weights)
+    weight = weights.total("weight")
+    return {key[1]: (total / weight).cpu() for key, total in weights.totals.done.items() if key[0] == "inputs"}
 
 
 @contextmanager
-def hooked(loaded: Loaded, hooks: Mapping[str, Callable[[Any, Any, Tensor], None]]) -> Iterator[None]:
-    """Forward hooks on the first factor (A) of some modules, for as long as the block runs."""
-    handles = [loaded.layers[module].lora_A[NAME].register_forward_hook(hook) for module, hook in hooks.items()]
+def hooked(hooks: Hooks) -> Iterator[None]:
+    """Forward hooks, for as long as the block runs."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.values()]
     try:
         yield
     finally:

@@ -119,7 +119,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    _check_fits(adapter, model, source)
+    check_fits(adapter, model, source)
     attached = attach(adapter, model.to(where), source)
     modules = dict(attached.base_model.model.named_modules())
     return Loaded(
@@ -164,21 +164,26 @@ def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
     return attached.requires_grad_(False).eval()
 
 
-def _check_fits(adapter: Adapter, model: nn.Module, source: str) -> None:
-    """Every module of the adapter must be there, in the adapter's shape."""
+def check_fits(adapter: Adapter, model: nn.Module, source: str) -> None:
+    """Every module of the adapter must be there, in the adapter's shape; LoRA layers may be on it already.
+
+    Raises:
+        InputError: one is not.
+    """
     modules = dict(model.named_modules())
     for module in adapter.modules:
         if module not in modules:
             raise InputError(
                 f"the base model {source!r} has no module {module}: it is not the one this adapter was trained on"
             )
-        weight = getattr(modules[module], "weight", None)
+        layer = getattr(modules[module], "base_layer", modules[module])
+        weight = getattr(layer, "weight", None)
         factors = adapter.factors(module)
         if factors.kind != "linear" or not isinstance(weight, torch.Tensor) or weight.ndim != 2:
             continue
-        if isinstance(modules[module], nn.Linear):
-            d_out, d_in = modules[module].out_features, modules[module].in_features
-        elif type(modules[module]).__name__ == "Conv1D":
+        if isinstance(layer, nn.Linear):
+            d_out, d_in = layer.out_features, layer.in_features
+        elif type(layer).__name__ == "Conv1D":
             d_in, d_out = weight.shape
         else:
             continue

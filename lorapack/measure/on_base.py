@@ -1,0 +1,123 @@
+"""Several adapters of one base in one pass: the moments of each on what the base alone computes.
+
+The inputs of a module depend on the adapter that is active, so exact moments of N adapters need N passes.
+Here the base runs once, without any of them, and every adapter is measured on the inputs x and the
+derivatives of the loss that its modules have there: ``h = A x`` and ``u = scale * B^T dloss/dy``. What that
+does to a plan is in docs/measure.md.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapack.core.adapter import Adapter, digest
+from lorapack.core.statistics import Statistics
+from lorapack.data.batches import Batch
+from lorapack.errors import InputError
+from lorapack.measure.moments import run
+from lorapack.measure.sums import Average, Sums, Weights
+from lorapack.model.load import Loaded, check_fits
+from lorapack.model.point import place, point
+
+
+def measure_moments_on_base(
+    loaded: Loaded,
+    adapters: Mapping[str, Adapter],
+    batches: Iterable[Batch],
+    *,
+    loss: bool = False,
+    average: Average = "token",
+    provenance: Mapping[str, Any] | None = None,
+) -> dict[str, Statistics]:
+    """Sum the moments of several adapters over the same batches, in one pass of the base without any of them.
+
+    Each adapter's are what this function gives for it alone. The loaded model is left pointing to no adapter.
+
+    Args:
+        loaded: the base; which adapter it was loaded with does not matter.
+        adapters: by a name; they need not act on the same modules or have the same ranks.
+        batches: of rows; padding is left out.
+        loss: also the backward moments, of the base's own loss.
+        average: each token weighs 1, or each row does.
+        provenance: facts to keep with each result, beside the adapter's digest and ``"activations": "base"``.
+
+    Returns:
+        For each name its statistics.
+
+    Raises:
+        InputError: an adapter does not fit the base, or carries tensors (a trained head, biases, embeddings)
+            without which the base is not the model it was trained as; a module that is never reached.
+    """
+    for name, adapter in adapters.items():
+        check_fits(adapter, loaded.base, loaded.base_model)
+        if adapter.carried or len(adapter.linear) < len(adapter.modules):
+            what = next(iter(adapter.carried), None) or next(m for m in adapter.modules if m not in adapter.linear)
+            raise InputError(f"{name} changes more of the base than linear modules ({what}): measure it alone")
+    weights = Weights(average)
+    sums = {name: _sums(weights, name, adapter, loaded.device) for name, adapter in adapters.items()}
+    users = {m: [name for name in adapters if m in sums[name].modules] for name in adapters for m in sums[name].modules}
+    layers = {m: _base_layer(loaded, m) for m in users}
+
+    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+        names = users[module]
+        pairs = [adapters[name].factors(module) for name in names]
+        ranks = [pair.rank for pair in pairs]
+        all_a = torch.cat([pair.A.float() for pair in pairs]).to(loaded.device)
+        scaled = [pair.B.float() * adapters[n].scale(module) for n, pair in zip(names, pairs, strict=True)]
+        all_b = torch.cat(scaled, dim=1).to(loaded.device)
+
+        def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
+            x = _single(given[0].detach())
+            h = x @ all_a.to(x.dtype).T
+            for name, part in zip(names, torch.split(h, ranks, -1), strict=True):
+                sums[name].forward(module, part)
+            if loss:
+                if not y.requires_grad:
+                    y.requires_grad_()  # a frozen base: the graph begins here
+
+                def backward(slope: Tensor) -> None:
+                    slope = _single(slope)
+                    u = slope @ all_b.to(slope.dtype)
+                    for name, seen, found in zip(
+                        names, torch.split(h, ranks, -1), torch.split(u, ranks, -1), strict=True
+                    ):
+                        sums[name].backward(module, seen, found)
+
+                y.register_hook(backward)  # type: ignore[no-untyped-call]
+
+        return forward
+
+    with base_alone(loaded):
+        run(replace(loaded, layers=layers), {m: (layers[m], hook(m)) for m in users}, batches, weights, loss)
+    facts = {**(provenance or {}), "activations": "base"}
+    return {name: each.statistics({**facts, "adapter": digest(adapters[name])}) for name, each in sums.items()}
+
+
+@contextmanager
+def base_alone(loaded: Loaded) -> Iterator[None]:
+    """The base without any adapter for as long as the block runs; point to one again afterwards."""
+    point(loaded, place(None, loaded.device))
+    try:
+        with loaded.model.disable_adapter():  # type: ignore[operator]
+            yield
+    finally:
+        loaded.model.requires_grad_(False)  # PEFT enables an adapter for training
+
+
+def _sums(weights: Weights, name: str, adapter: Adapter, device: torch.device) -> Sums:
+    pairs = {m: adapter.factors(m) for m in adapter.linear}
+    return Sums(weights, {m: (pair.A.to(device), pair.B.to(device)) for m, pair in pairs.items()}, name)
+
+
+def _base_layer(loaded: Loaded, module: str) -> Any:
+    found = loaded.base.get_submodule(module)
+    return getattr(found, "base_layer", found)
+
+
+def _single(values: Tensor) -> Tensor:
+    """In float32 where they are coarser, as PEFT computes a LoRA branch whose factors are float32."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -1,0 +1,194 @@
+"""Several adapters in one pass of the base, against the base's own activations, added up token by token in float64."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import attached, bert, gpt2, llama, lora
+
+from lorapack.core.statistics import add
+from lorapack.data.batches import batches
+from lorapack.data.encode import IGNORED, Encoded
+from lorapack.errors import InputError
+from lorapack.measure.moments import measure_moments
+from lorapack.measure.on_base import measure_moments_on_base
+from lorapack.model.point import place, point
+from lorapack.read import read_adapter
+
+LENGTHS = (9, 4, 1, 6, 12)
+SETTINGS = {
+    "llama": (
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj", "v_proj", "lm_head"], "r": 3, "lora_alpha": 30},
+        {"target_modules": ["gate_proj", "q_proj"], "rank_pattern": {"q_proj": 7}, "use_rslora": True},
+    ),
+    "gpt2": (
+        {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "r": 6},
+    ),
+}
+
+
+def texts():
+    """Rows of random tokens; of every other row the first third is a prompt."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for n, length in enumerate(LENGTHS):
+        ids = torch.randint(3, 512, (length,), generator=generator).tolist()
+        prompt = length // 3 if n % 2 else 0
+        found.append(Encoded(n, tuple(ids), (*[IGNORED] * prompt, *ids[prompt:])))
+    return found
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def case(request, tmp_path_factory):
+    """A base in float64, several adapters of it of different modules, ranks and scales."""
+    make = {"llama": lambda: llama(2), "gpt2": gpt2}[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    first, *others = SETTINGS[request.param]
+    adapter, loaded = attached(make(), folder, **first)
+    loaded.model.double()
+    adapters = {"0": adapter}
+    for n, settings in enumerate(others, 1):
+        other = read_adapter(lora(make(), folder / str(n), seed=n, **settings))
+        adapters[str(n)] = replace(other, carried={})  # PEFT copies the base's head beside an adapter on it
+    return SimpleNamespace(
+        base=make().double(), adapters=adapters, loaded=loaded, batches=batches(texts(), 20, loaded.pad)
+    )
+
+
+def seen(case, modules):
+    """Of the base alone, for every module its inputs x and its outputs' derivatives, one pair of tables a row."""
+    found = {m: [] for m in modules}
+    for batch in case.batches:
+        kept, handles = {}, []
+        for m in modules:
+
+            def see(_, given, y, m=m, kept=kept):
+                y.retain_grad()
+                kept[m] = given[0], y
+
+            handles.append(case.base.get_submodule(m).register_forward_hook(see))
+        logits = case.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        for handle in handles:
+            handle.remove()
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum", ignore_index=IGNORED
+        )
+        loss.backward()
+        for m, (x, y) in kept.items():
+            for row, length in enumerate(batch.attention_mask.sum(dim=1).tolist()):
+                found[m].append((x[row, :length].detach(), y.grad[row, :length]))
+    return found
+
+
+def naive(adapter, module, tables, average):
+    """Every part of the moments, token by token."""
+    factors, scale = adapter.factors(module), adapter.scale(module)
+    a, b = factors.A.double(), factors.B.double()
+    parts = dict.fromkeys(
+        ("forward", "backward", "cross", "row_forward", "row_backward", "token_forward", "token_backward"), 0
+    )
+    for xs, slopes in tables:
+        weight = 1 if average == "token" else 1 / len(xs)
+        whole = 0
+        for x, slope in zip(xs, slopes, strict=True):
+            h, u = a @ x, scale * b.T @ slope
+            d = torch.outer(u, h)
+            whole = whole + d
+            parts["forward"] += weight * torch.outer(h, h)
+            parts["backward"] += weight * torch.outer(u, u)
+            parts["cross"] += weight * d
+            parts["token_forward"] += weight * d.T @ a @ a.T @ d
+            parts["token_backward"] += weight * d @ b.T @ b @ d.T
+        parts["row_forward"] += weight * whole.T @ a @ a.T @ whole
+        parts["row_backward"] += weight * whole @ b.T @ b @ whole.T
+    return parts
+
+
+def same(found, expected, rel):
+    assert found.shape == expected.shape
+    assert (found - expected).norm() <= rel * expected.norm(), (found, expected)
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_each_adapters_moments_are_the_sums_over_what_its_modules_see_in_the_base_alone(case, average):
+    found = measure_moments_on_base(case.loaded, case.adapters, case.batches, loss=True, average=average)
+    tables = seen(case, {m: 0 for adapter in case.adapters.values() for m in adapter.linear})
+    assert found.keys() == case.adapters.keys()
+    for name, adapter in case.adapters.items():
+        statistics = found[name]
+        assert list(statistics.modules) == adapter.linear
+        assert (statistics.tokens, statistics.samples) == (sum(LENGTHS), len(LENGTHS))
+        for m in adapter.linear:
+            for part, expected in naive(adapter, m, tables[m], average).items():
+                # lorapack's cross entropy and Llama's norms are in float32
+                same(getattr(statistics.modules[m], part), expected, 1e-9 if part == "forward" else 1e-5)
+                assert expected.any()
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_in_company_an_adapter_measures_what_it_measures_alone(case, loss):
+    together = measure_moments_on_base(case.loaded, case.adapters, case.batches, loss=loss)
+    for name, adapter in case.adapters.items():
+        alone = measure_moments_on_base(case.loaded, {name: adapter}, case.batches, loss=loss)[name]
+        assert alone.provenance == together[name].provenance
+        for m in adapter.linear:
+            same(together[name].modules[m].forward, alone.modules[m].forward, 1e-12)
+            assert (alone.modules[m].cross is not None) == loss
+            if loss:
+                same(together[name].modules[m].cross, alone.modules[m].cross, 1e-9)
+
+
+def test_an_adapter_that_adds_nothing_is_measured_exactly(case):
+    """With B = 0 the base alone is the model with the adapter on it, so both ways of measuring agree."""
+    adapter = case.adapters["0"]
+    zero = adapter.with_pool(
+        {name: type(f)(f.A, torch.zeros_like(f.B)) for name, f in adapter.pool.items()}, dict(adapter.modules)
+    )
+    point(case.loaded, place(zero, case.loaded.device))
+    with_it = measure_moments(case.loaded, zero.linear, case.batches)
+    on_base = measure_moments_on_base(case.loaded, {"zero": zero}, case.batches)["zero"]
+    for m in zero.linear:
+        same(on_base.modules[m].forward, with_it.modules[m].forward, 1e-6)  # `place` makes factors of float32
+
+
+def test_the_model_is_left_frozen_without_hooks_and_measures_as_before(case):
+    adapter = case.adapters["0"]
+
+    def alone():
+        point(case.loaded, place(adapter, case.loaded.device))
+        return measure_moments(case.loaded, adapter.linear, case.batches, loss=True)
+
+    before = alone()
+    measure_moments_on_base(case.loaded, case.adapters, case.batches, loss=True)
+    assert all(p.grad is None and not p.requires_grad for p in case.loaded.model.parameters())
+    assert all(not module._forward_hooks for module in case.loaded.model.modules())
+    after = alone()
+    for m in adapter.linear:
+        assert torch.equal(before.modules[m].cross, after.modules[m].cross)
+
+
+def test_statistics_on_the_base_say_so_and_are_not_added_to_others(case):
+    adapter = case.adapters["0"]
+    on_base = measure_moments_on_base(case.loaded, {"0": adapter}, case.batches)["0"]
+    assert on_base.provenance["activations"] == "base"
+    point(case.loaded, place(adapter, case.loaded.device))
+    facts = {k: v for k, v in on_base.provenance.items() if k != "activations"}
+    with pytest.raises(InputError, match="activations"):
+        add(on_base, measure_moments(case.loaded, adapter.linear, case.batches, provenance=facts))
+
+
+def test_an_adapter_without_which_the_base_is_another_model_is_refused(tmp_path):
+    adapter, loaded = attached(bert(1), tmp_path, target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(
+        InputError, match=r"mine changes more of the base than linear modules \(base_model.model.classifier"
+    ):
+        measure_moments_on_base(loaded, {"mine": adapter}, [])
+
+
+def test_an_adapter_of_another_base_is_refused(case, tmp_path):
+    other = read_adapter(lora(bert(1), tmp_path, target_modules=["query"], task_type="SEQ_CLS"))
+    with pytest.raises(InputError, match="not the one this adapter was trained on"):
+        measure_moments_on_base(case.loaded, {"other": other}, case.batches)
