@@ -161,7 +161,15 @@ def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
             raise InputError(f"the adapter does not fit {source!r}: {lines[min(1, len(lines) - 1)].strip()}") from None
     if result.unexpected_keys:
         raise InputError(f"the base model {source!r} has no place for the adapter's tensor {result.unexpected_keys[0]}")
+    _keep_gradients(attached)
     return attached.requires_grad_(False).eval()
+
+
+def _keep_gradients(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes packs 4-bit weights anew at their first use, for a kernel that gives no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def check_fits(adapter: Adapter, model: nn.Module, source: str) -> None:
