@@ -38,6 +38,7 @@ from lorapack.cli import options
 @options.MODEL
 @options.GATES
 @options.REVISION
+@click.option("--plan-memory", is_flag=True, help="Say how much memory it will need, and end; nothing is loaded.")
 @options.JSON
 def compress(
     adapter: str,
@@ -47,6 +48,7 @@ def compress(
     plan_file: str | None,
     statistics_file: str | None,
     revision: str | None,
+    plan_memory: bool,
     as_json: bool,
     method_options: dict[str, str],
     **settings: Any,
@@ -80,6 +82,11 @@ def compress(
 
     gates, junit = take_gates(settings, quality=data is not None, without="--data")
     source = read_adapter(find_adapter(adapter, revision))
+    if plan_memory:
+        from lorapack.cli.footprint import tell_memory
+
+        tell_memory(source, settings, as_json)
+        return
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
     place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path))
     with place_for if first() else nullcontext(Path()) as directory:

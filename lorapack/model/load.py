@@ -169,7 +169,7 @@ def _keep_gradients(model: nn.Module) -> None:
     """On some CPUs bitsandbytes packs 4-bit weights anew at their first use, for a kernel that gives no gradient."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no attribute of nn.Module)
 
 
 def check_fits(adapter: Adapter, model: nn.Module, source: str) -> None:
