@@ -122,7 +122,7 @@ def measure_inputs(
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             x, each = weights.pick(module, given[0])
-            y = x @ on_device[id(bases[module])].T
+            y = x @ on_device[id(bases[module])].to(x.device).T
             weights.totals.add(("inputs", module), (y * each).T @ y)
 
         return forward

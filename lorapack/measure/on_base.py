@@ -72,7 +72,7 @@ def measure_moments_on_base(
 
         def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
             x = _single(given[0].detach())
-            h = x @ all_a.to(x.dtype).T
+            h = x @ all_a.to(x).T
             for name, part in zip(names, torch.split(h, ranks, -1), strict=True):
                 sums[name].forward(module, part)
             if loss:
@@ -81,7 +81,7 @@ def measure_moments_on_base(
 
                 def backward(slope: Tensor) -> None:
                     slope = _single(slope)
-                    u = slope @ all_b.to(slope.dtype)
+                    u = slope @ all_b.to(slope)
                     for name, seen, found in zip(
                         names, torch.split(h, ranks, -1), torch.split(u, ranks, -1), strict=True
                     ):

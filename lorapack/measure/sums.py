@@ -52,15 +52,17 @@ class Weights:
                 f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
                 "so padding cannot be told apart; it cannot be measured"
             )
-        return values.detach()[self.mask].double(), self.values[:, None]
+        found = values.detach()[self.mask.to(values.device)].double()
+        return found, self.values[:, None].to(found.device)
 
     def by_row(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Each row's sum of ``left right^T`` over its tokens, (rows, m, n) float64, and its weight, (rows, 1, 1)."""
+        of_row = self.of_row[:, :, None].to(left.device)
         if left.ndim == 2:
-            return left.detach().double()[:, :, None] * right.detach().double()[:, None, :], self.of_row[:, :, None]
-        hidden = ~self.mask[:, :, None]
+            return left.detach().double()[:, :, None] * right.detach().double()[:, None, :], of_row
+        hidden = ~self.mask[:, :, None].to(left.device)
         one, two = (values.detach().double().masked_fill(hidden, 0.0) for values in (left, right))
-        return one.transpose(1, 2) @ two, self.of_row[:, :, None]
+        return one.transpose(1, 2) @ two, of_row
 
 
 class Sums:
