@@ -7,8 +7,9 @@ ENGINES := vllm==0.33.0 sglang==0.5.23
 LLAMA := .cache/engines/llama
 NODE_LLAMA_CPP := 3.22.1
 LLAMA_CPP_PYTHON := 0.3.36
+RAY := $(CURDIR)/$(VENV)/ray
 
-.PHONY: demo test engines llama lint format docs clean
+.PHONY: demo test engines llama ray lint format docs clean
 
 # The main job on the embedded fixture: a real 0.26M-parameter Llama and a LoRA trained on it.
 demo: $(VENV)/ready
@@ -38,6 +39,11 @@ llama: $(VENV)/ready-dev
 	tar --extract --gzip --file $(LLAMA)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz --strip-components=3 \
 		--directory $(LLAMA)/llama.cpp --wildcards '*/vendor/llama.cpp/conver*' '*/vendor/llama.cpp/gguf-py/*'
 	$(BIN)/python -m pytest --quiet tests/engines/test_llama_cpp.py
+
+# A hundred adapters on a Ray cluster of two nodes whose workers are killed; Ray (0.1 GB) is put beside the environment, not into it.
+ray: $(VENV)/ready-dev
+	$(PIP) --upgrade --target $(RAY) 'ray>=2.40'
+	PYTHONPATH=$(RAY):$(CURDIR) $(BIN)/python -m pytest --quiet -rP tests/test_fleet_on_ray.py
 
 lint: $(VENV)/ready-dev
 	$(BIN)/ruff format --check .

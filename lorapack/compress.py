@@ -33,7 +33,7 @@ from lorapack.job import (
     smallest_plan,
 )
 from lorapack.measure.sums import Average
-from lorapack.model.load import Device, DType, load
+from lorapack.model.load import Device, DType, Loaded, load
 from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT
@@ -78,7 +78,7 @@ def compress_adapter(
     share_init: ShareInit = "closed",
     store: Store | None = None,
     recover_steps: int = 100,
-    objective: Objective = "kl",
+    objective: Objective = "both",
     learning_rate: float = 1e-3,
     batch_size: int = 8,
     refit: bool | None = None,
@@ -93,6 +93,8 @@ def compress_adapter(
     device: Device = "auto",
     dtype: DType = "auto",
     trust_remote_code: bool = False,
+    loaded: Loaded | None = None,
+    prepared: Prepared | None = None,
     watch: Watch = unwatched,
 ) -> Compressed:
     """Make an adapter smaller and measure what it cost.
@@ -126,6 +128,7 @@ def compress_adapter(
         state, resume, stop: a file for the recovery's state, see `lorapack.recover.recover`.
         max_length: tokens a row; batch_tokens: tokens a batch outside the recovery.
         device, dtype, trust_remote_code: see `lorapack.model.load.load`.
+        loaded, prepared: this adapter's base and these data, where they are in memory already.
         watch: sees the batches of each step go by.
 
     Raises:
@@ -162,10 +165,10 @@ def compress_adapter(
         facts = {"share_init": share_init, "store": store, "seed": seed}
         return Compressed(smaller, make_report(adapter, smaller, plan, name, base or "", facts, steps))
     with steps.step("load"):
-        loaded = load(
+        loaded = loaded or load(
             adapter, base, device=device, dtype=dtype, max_length=max_length, trust_remote_code=trust_remote_code
         )
-        prepared = prepare(
+        prepared = prepared or prepare(
             loaded.reader,
             data,
             eval_data=eval_data,

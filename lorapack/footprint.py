@@ -68,7 +68,7 @@ def plan_memory(
     *,
     recover_steps: int = 100,
     batch_size: int = 8,
-    objective: str = "kl",
+    objective: str = "both",
     max_length: int | None = None,
     batch_tokens: int = 4096,
     device: Device = "auto",

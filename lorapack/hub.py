@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorapack.core.names import MODEL_ID
 from lorapack.errors import InputError
 from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS, file_digests, read_json
 
@@ -14,13 +15,12 @@ if TYPE_CHECKING:
 # what of a base model a merge reads or takes along: weights, configuration, tokenizer, code that is never run
 WEIGHTS, BIN_WEIGHTS = "model*.safetensors", "pytorch_model*.bin"
 TEXTS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
-_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*$")
-_MODEL = re.compile(r"^\w[\w.-]*(/\w[\w.-]*)?$")  # also without an owner, such as gpt2
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(name: str) -> bool:
     """Whether it has the form of a model's id on the Hub."""
-    return bool(_MODEL.match(name))
+    return bool(MODEL_ID.fullmatch(name))
 
 
 def adapter_name(source: str) -> str:
@@ -41,13 +41,25 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
         InputError: neither a directory nor a repository within reach.
     """
     path = Path(source)
-    if path.exists() or not _ID.match(str(source)):
+    if path.exists() or not _ID.fullmatch(str(source)):
         if revision is not None:
             raise InputError(f"--revision is for adapters on the Hub; {source} is a path")
         return path
     found = _snapshot(str(source), revision, [CONFIG, SAFETENSORS, BIN, REPORT, CARD])
     _check_files(found, str(source))
     return found
+
+
+def find_adapter_config(source: str | Path) -> Path:
+    """The `adapter_config.json` of an adapter, of which nothing else is fetched.
+
+    Raises:
+        InputError: neither a directory nor a repository within reach.
+    """
+    path = Path(source)
+    if path.exists() or not _ID.match(str(source)):
+        return path / CONFIG
+    return _snapshot(str(source), None, [CONFIG]) / CONFIG
 
 
 def find_base(source: str | Path, revision: str | None = None) -> Path:
@@ -79,7 +91,7 @@ def find_base_config(source: str | Path, revision: str | None = None) -> Path:
     """
     place = Path(source)
     if not place.exists():
-        if not _MODEL.match(str(source)):
+        if not MODEL_ID.fullmatch(str(source)):
             raise InputError(f"the base model {source} does not exist")
         place = _snapshot(str(source), revision, ["config.json"])
     if not (place / "config.json").is_file():
@@ -146,7 +158,7 @@ def pull_adapter(repo: str, out: str | Path, revision: str | None = None, *, ove
     from lorapack.ship.retry import persist
     from lorapack.write import new_directory
 
-    if Path(repo).exists() or not _ID.match(repo):
+    if Path(repo).exists() or not _ID.fullmatch(repo):
         raise InputError(f"{repo!r} is no Hub id; write owner/name")
     with new_directory(out, overwrite=overwrite) as directory:
         # by its commit: for a branch the client gives out an older one from its cache when the Hub is busy

@@ -6,7 +6,6 @@ first process alone writes and prints. Without `join` there is one process, and 
 """
 
 import os
-import signal
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -34,7 +33,6 @@ def join() -> None:
     global _store
     if _store is not None or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what the launcher sends when another has ended
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous

@@ -62,8 +62,10 @@ def recover_adapter(
     Raises:
         InputError: anything given that does not fit, in one line.
     """
-    if teacher is None and settings.objective == "kl" and not settings.rank_dropout:
-        raise InputError("--teacher is needed: without it the adapter would learn its own predictions")
+    if teacher is None and settings.objective != "task" and not settings.rank_dropout:
+        raise InputError(
+            "--teacher is needed: without it the adapter would learn its own predictions; --objective task needs none"
+        )
     if not settings.steps and refit is not True:
         raise InputError("--steps 0 without --refit: there is nothing to do")
     check_state(state, resume)

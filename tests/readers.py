@@ -13,12 +13,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from lorapack.cli import files
+from lorapack.cli.config import defaults, find_config
+from lorapack.cli.main import cli
 from lorapack.conversion import read_any
 from lorapack.convert import diffusers, kohya
 from lorapack.convert.gguf import to_gguf
 from lorapack.core import plan, report, statistics
 from lorapack.data.rows import read_rows
 from lorapack.merge.base import read_base
+from lorapack.merge.updates import read_updates
 from lorapack.read import read_adapter
 from lorapack.read.files import read_json, read_safetensors, read_text
 from lorapack.recover import state
@@ -86,6 +90,18 @@ HEADER = {"version": 1, "weight": 3.0, "tokens": 3, "samples": 1, "average": "to
 MOMENTS = save({f"{Q}.forward": torch.eye(2).double()}, {"lorapack_statistics": json.dumps(HEADER)})
 BASE = save({f"{Q}.weight": torch.ones(4, 3)}, {"format": "pt"})
 INDEX = {"metadata": {"total_size": 48}, "weight_map": {f"{Q}.weight": "model-00001-of-00001.safetensors"}}
+POINTS = [{"method": "rank", "budget": "50%", "parameters": 14, "share": 0.5, "quality": None, "reason": ""}]
+TOML = b"""[compress]
+method = "rank"
+budget = "50%"
+seed = 7
+learning-rate = 3e-3
+[compress.rank]
+metric = "weight"
+[merge]
+dtype = "bfloat16"
+weights = "0.7,0.3"
+"""
 STATE = {"facts": {}, "curve": [[0, 1.0]], "step": 0, "best": 0, "waited": 0, "cuts": 0}
 KEPT = save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: json.dumps(STATE)})
 
@@ -185,6 +201,23 @@ def _said(data: bytes) -> str:
     return data.decode(errors="replace")
 
 
+def _toml(data: bytes, directory: Path) -> object:
+    (directory / "lorapack.toml").write_bytes(data)
+    found = find_config(str(directory / "lorapack.toml"))
+    return defaults(found, cli, methods_of=cli.commands) if found else None
+
+
+def _points(data: bytes, directory: Path) -> object:
+    (directory / "points.json").write_bytes(data)
+    return files.read_points(str(directory / "points.json"))
+
+
+def _updates(config: bytes, tensors: bytes, directory: Path) -> object:
+    (directory / "adapter_config.json").write_bytes(config)
+    (directory / "adapter_model.safetensors").write_bytes(tensors)
+    return read_updates(directory)
+
+
 def _rows(ending: str) -> Callable[[bytes, Path], object]:
     def read(data: bytes, directory: Path) -> object:
         (directory / f"rows{ending}").write_bytes(data)
@@ -218,6 +251,10 @@ READERS = {
     "mlx_config": Reader(_json(MLX_CONFIG), lambda data, d: _mlx(data, save(MLX), d)),
     "mlx_tensors": Reader(save(MLX), lambda data, d: _mlx(_json(MLX_CONFIG), data, d)),
     "gguf_config": Reader(_json(LLAMA), lambda data, d: to_gguf(_plain(d), _object(data, d), "config.json")),
+    "points": Reader(_json(POINTS), _points),
+    "lorapack_toml": Reader(TOML, _toml),
+    "merge_config": Reader(_json(LORA), lambda data, d: _updates(data, save(PAIRS), d)),
+    "merge_safetensors": Reader(save(PAIRS), lambda data, d: _updates(_json(LORA), data, d)),
     "jsonl": Reader(b'{"text": "one"}\n{"text": "two"}\n', _rows(".jsonl")),
     "csv": Reader(b'text,label\n"one, two",1\n', _rows(".csv")),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from lorapack.cli.main import main
 from lorapack.model.load import load
 from lorapack.read import read_adapter
 
@@ -116,6 +118,15 @@ def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.Comple
     )
 
 
+def call(capsys, monkeypatch, *arguments):
+    """The command in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["lorapack", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr()
+    return end.value.code, said.out, said.err
+
+
 def as_installed(**more: str) -> dict[str, str]:
     """The environment of a script that calls `lorapack` and `python3`: it gets this checkout and this Python."""
     return {
@@ -135,3 +146,32 @@ def refused(done: subprocess.CompletedProcess[str]) -> str:
     assert len(lines) == 1 and lines[0].startswith("lorapack: "), done.stderr
     assert "Traceback" not in done.stderr
     return lines[0]
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes below one, each with its command line, as /proc has them."""
+    parents, lines = {}, {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            lines[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # it has ended
+            continue
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {child: lines[child] for child in found - {pid} if child in lines}
+
+
+def perturbed(out: Path, count: int) -> list[Path]:
+    """Adapters that differ from the fixture's by a little noise, a seed each."""
+    tensors = load_file(ADAPTER / "adapter_model.safetensors")
+    made = []
+    for seed in range(count):
+        torch.manual_seed(seed)
+        made.append(out / f"adapter-{seed:03d}")
+        made[-1].mkdir(parents=True)
+        noisy = {name: t + 0.02 * t.std() * torch.randn_like(t) for name, t in tensors.items()}
+        save_file(noisy, made[-1] / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copy(ADAPTER / "adapter_config.json", made[-1])
+    return made

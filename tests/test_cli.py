@@ -16,12 +16,12 @@ import click
 import pytest
 import torch
 from peft import PeftModel
-from support import ADAPTER, BASE, CALIBRATION, HELDOUT, edit, gpt2, llama, lora, refused, run
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT, call, edit, gpt2, llama, lora, refused, run
 from transformers import AutoModelForCausalLM
 
 from lorapack import read_adapter
 from lorapack.cli.files import write_statistics
-from lorapack.cli.main import cli, main
+from lorapack.cli.main import cli
 from lorapack.core import plan as plans
 from lorapack.core import report as reports
 from lorapack.core import statistics as moments
@@ -277,15 +277,6 @@ def test_without_a_command_it_shows_the_help_and_fails():
 # Refusals
 
 
-def call(capsys, monkeypatch, *arguments):
-    """The command in this process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", ["lorapack", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr()
-    return end.value.code, said.out, said.err
-
-
 @pytest.fixture(scope="module")
 def spoiled(root, data):
     """Inputs with something wrong, by name."""
@@ -490,5 +481,5 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(data, tmp_pat
     out, err = process.communicate(timeout=120)
     # Python ends itself by the signal where it struck inside an exec: a shell shows 130 for both
     assert process.returncode in (130, -signal.SIGINT), process.returncode
-    assert err.strip().splitlines() == ["lorapack: interrupted, nothing was written"]
+    assert err.strip().splitlines() == ["lorapack: interrupted; no output is half written"]
     assert out == "" and tree(tmp_path) == []

@@ -276,6 +276,26 @@ def test_only_its_own_leftovers_are_swept(name, tmp_path):
     assert names(tmp_path) == sorted([other.name, name])
 
 
+def test_one_that_appears_after_the_last_look_is_left_as_it_is(tmp_path, monkeypatch):
+    out, looked, lexists = tmp_path / "out", [], os.path.lexists
+
+    def look(path):
+        found = lexists(path)
+        looked.append(path)
+        if len(looked) == 2:  # before the work, before the rename: now the other one is done
+            (tmp_path / "other" / "below").mkdir(parents=True)
+            (tmp_path / "other" / "adapter_config.json").write_text("theirs")
+            (tmp_path / "other" / "below" / "two").write_text("theirs")
+            (tmp_path / "other").rename(out)
+        return found
+
+    monkeypatch.setattr(os.path, "lexists", look)
+    with pytest.raises(OutputError, match="was made by another run in the meantime"):
+        make(out)
+    assert content(out) == ("theirs", "theirs")
+    assert names(tmp_path) == ["out"]
+
+
 def test_of_many_at_once_exactly_one_wins(tmp_path):
     for attempt in range(12):
         out, start = tmp_path / f"out{attempt}", Gate()

@@ -13,6 +13,7 @@ from lorapack.data.encode import IGNORED, Encoded
 from lorapack.errors import InputError
 from lorapack.measure.moments import measure_moments
 from lorapack.measure.on_base import measure_moments_on_base
+from lorapack.model.load import load
 from lorapack.model.point import place, point
 from lorapack.read import read_adapter
 
@@ -54,7 +55,11 @@ def case(request, tmp_path_factory):
         other = read_adapter(lora(make(), folder / str(n), seed=n, **settings))
         adapters[str(n)] = replace(other, carried={})  # PEFT copies the base's head beside an adapter on it
     return SimpleNamespace(
-        base=make().double(), adapters=adapters, loaded=loaded, batches=batches(texts(), 20, loaded.pad)
+        name=request.param,
+        base=make().double(),
+        adapters=adapters,
+        loaded=loaded,
+        batches=batches(texts(), 20, loaded.pad),
     )
 
 
@@ -168,6 +173,23 @@ def test_the_model_is_left_frozen_without_hooks_and_measures_as_before(case):
     after = alone()
     for m in adapter.linear:
         assert torch.equal(before.modules[m].cross, after.modules[m].cross)
+
+
+def test_what_the_base_was_loaded_with_plays_no_part(case, tmp_path):
+    """Not even a head of its own."""
+    if case.name != "llama":
+        pytest.skip("one model is enough")
+    with_head = read_adapter(lora(llama(2), tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with_head = replace(with_head, carried={name: -tensor for name, tensor in with_head.carried.items()})
+    assert with_head.carried
+    loaded = load(with_head, case.loaded.base_model, device="cpu")
+    loaded.model.double()
+    found, expected = (
+        measure_moments_on_base(of, {"0": case.adapters["0"]}, case.batches, loss=True)["0"]
+        for of in (loaded, case.loaded)
+    )
+    for m in expected.modules:
+        same(found.modules[m].cross, expected.modules[m].cross, 1e-9)
 
 
 def test_statistics_on_the_base_say_so_and_are_not_added_to_others(case):

@@ -117,7 +117,7 @@ def test_a_recovery_learns_what_it_learns_with_all_the_memory(case, late):
     )
 
     def recovered(loaded):
-        settings = Settings(steps=3, batch_size=4, learning_rate=1e-2)
+        settings = Settings(steps=3, objective="kl", batch_size=4, learning_rate=1e-2)
         return recover(loaded, case.adapter, learner, case.rows, case.rows, settings, batch_tokens=48)
 
     (plenty, record), (little, other) = both(case, recovered, late=late)

@@ -278,7 +278,7 @@ def test_numbers_are_rounded_as_torch_rounds_them(bits, dtype):
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
     wanted = torch.from_numpy(values.copy()).to(kind)
     out = np.empty(values.shape, STORED[dtype])
-    narrow(values, dtype, out, np.empty((2, *values.shape), np.uint32))
+    narrow(values, dtype, out, np.empty(values.shape, np.uint32))
     assert out.tobytes() == wanted.view(torch.uint8).numpy().tobytes()
     for wide in (np.float32, np.float64):
         back = np.empty(values.shape, wide)
@@ -292,9 +292,19 @@ def test_a_float64_beside_the_middle_of_two_bfloat16_goes_to_its_own_side(upper,
     middle = np.array([(upper << 16) | 0x8000], np.uint32).view(np.float32).astype(np.float64)
     value = middle * (1 + side * 2.0**-40) * (-1 if negative else 1)  # float32 cannot tell the three apart
     out = np.empty(1, np.uint16)
-    narrow(value, "BF16", out, np.empty((2, 1), np.uint32))
+    narrow(value, "BF16", out, np.empty(1, np.uint32))
     wanted = upper + (1 if side > 0 else 0 if side < 0 else upper & 1)
     assert out[0] == wanted | (0x8000 if negative else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 0x7F00), st.booleans(), st.integers(-1, 1)), min_size=1, max_size=9))
+def test_float32_numbers_on_and_beside_the_middle_are_rounded_as_torch_rounds_them(numbers):
+    bits = [(upper << 16 | 0x8000) + beside | negative << 31 for upper, negative, beside in numbers]
+    values = np.array(bits, np.uint32).view(np.float32)
+    out = np.empty(values.shape, np.uint16)
+    narrow(values, "BF16", out, np.empty(values.shape, np.uint32))
+    assert out.tobytes() == torch.from_numpy(values).bfloat16().view(torch.uint8).numpy().tobytes()
 
 
 def broken(change):

@@ -65,7 +65,7 @@ def test_a_recovery_learns_through_frozen_bits(case):
     shrunk = {name: Factors(pair.A, 0.5 * pair.B) for name, pair in case.adapter.pool.items()}
     learner = case.adapter.with_pool(shrunk, case.adapter.modules)
     before = {name: value.clone() for name, value in case.loaded.base.state_dict().items() if "lora" not in name}
-    how = Settings(steps=4, batch_size=4, learning_rate=1e-2)
+    how = Settings(steps=4, objective="kl", batch_size=4, learning_rate=1e-2)
     made, record = recover(case.loaded, case.adapter, learner, case.rows, case.rows, how)
     assert record.curve[-1][1] < 0.9 * record.curve[0][1]
     for name, pair in learner.pool.items():

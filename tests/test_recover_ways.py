@@ -56,7 +56,7 @@ def case():
 
 
 def run(case, how=None, **given):
-    how = Settings(**{"steps": 12, "batch_size": 4, **(how or {})})
+    how = Settings(**{"steps": 12, "batch_size": 4, "objective": "kl", **(how or {})})
     return recover(case.loaded, case.original, case.packed, case.training, case.selection, how, **given)
 
 

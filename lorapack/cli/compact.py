@@ -3,6 +3,7 @@
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -24,4 +25,4 @@ def compact(adapter: str, out: str, overwrite: bool, revision: str | None) -> No
         after = share_equal(before)
         put_adapter(after, directory)
     old, new = size(before), size(after)
-    click.echo(f"Wrote {out}: {new.parameters:,} LoRA parameters of {old.parameters:,}")
+    say(f"Wrote {out}: {new.parameters:,} LoRA parameters of {old.parameters:,}")

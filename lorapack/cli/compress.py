@@ -5,32 +5,22 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command(cls=options.MethodCommand)
 @options.ADAPTER
-@click.option("--data", metavar="FILE", help=options.ROWS + " Only methods that measure nothing go without.")
+@options.CALIBRATION
 @options.COLUMNS
 @options.OUT
-@click.option("--eval-data", metavar="FILE", help="Rows to evaluate on; otherwise cut off the data.")
+@options.EVALUATION
 @options.METHOD
-@click.option(
-    "--retain",
-    callback=options.parse_share,
-    metavar="P%",
-    help="Instead of a budget: the smallest size that keeps this much of the gain; 99% for adaptive without a budget.",
-)
+@options.RETAIN
 @click.option("--plan", "plan_file", metavar="FILE", help="Carry out this plan instead of making one.")
 @click.option("--statistics", "statistics_file", metavar="FILE", help="Use what `lorapack measure` wrote.")
-@click.option(
-    "--share-init",
-    type=click.Choice(["closed", "copy", "fresh"]),
-    default="closed",
-    show_default=True,
-    help="Where a shared adapter starts: least squares, a copy of one layer, or anew.",
-)
+@options.SHARE_INIT
 @options.STORE
-@click.option("--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none.")
+@options.RECOVER_STEPS
 @options.RECOVERY
 @options.SAMPLE
 @options.AVERAGE
@@ -107,10 +97,10 @@ def compress(
         report = replace(made.report, gates=told, run=run)
         put_adapter(made.adapter, directory, report=report)
     if as_json:
-        click.echo(Path(out, REPORT).read_text(), nl=False)
+        say(Path(out, REPORT).read_text(), nl=False)
     else:
         from lorapack.cli.show import print_report
 
         print_report(report)
-        click.echo(f"Wrote {out}")
+        say(f"Wrote {out}")
     settle(report.gates, junit, "lorapack compress", tell=not as_json, written=out)

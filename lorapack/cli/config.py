@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from lorapack.cli.options import MethodCommand
+from lorapack.cli.say import say
 from lorapack.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -185,4 +186,4 @@ def check(ctx: click.Context, file: str | None) -> None:
         raise InputError(f"there is no {OWN} here, and no [tool.lorapack] in {PROJECT}")
     tables = defaults(found, group, methods_of=group.commands)
     said = ", ".join(f"{name} {len(table)}" for name, table in tables.items())
-    click.echo(f"{found.where} is good: {said or 'nothing set'}")
+    say(f"{found.where} is good: {said or 'nothing set'}")

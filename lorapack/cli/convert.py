@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 from lorapack.errors import InputError
 
 
@@ -53,6 +54,6 @@ def convert(source: str, out: str, **settings: Any) -> None:
 
     done = convert_adapter(source, out, **settings)
     counts = ", ".join(f"{count:,} modules{f' of the {name}' if name else ''}" for name, count in done.modules.items())
-    click.echo(f"Wrote {out}: {done.source} to {done.target}, {counts}")
+    say(f"Wrote {out}: {done.source} to {done.target}, {counts}")
     for note in done.notes:
-        click.echo(f"Note: {note}")
+        say(f"Note: {note}")

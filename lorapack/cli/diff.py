@@ -3,6 +3,7 @@
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -33,7 +34,7 @@ def diff(old: str, new: str, as_json: bool) -> None:
     files = [Path(each) / REPORT if Path(each).is_dir() else Path(each) for each in (old, new)]
     found = compare(*(from_json(read_text(file), str(file)) for file in files))
     if as_json:
-        click.echo(json.dumps(asdict(found), indent=1))
+        say(json.dumps(asdict(found), indent=1))
         return
 
     def cell(figure: Interval | None, name: str) -> str:

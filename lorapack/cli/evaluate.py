@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -48,11 +49,11 @@ def evaluate(
     outcomes = judge(gates, size(found), quality)
     if as_json:
         said = {"quality": asdict(quality), "data": facts, "gates": [asdict(outcome) for outcome in outcomes]}
-        click.echo(json.dumps(said, indent=1))
+        say(json.dumps(said, indent=1))
     else:
         from lorapack.cli.show import print_quality
 
         print_quality(quality)
         if facts["rows_used_before"]:
-            click.echo(f"{facts['rows_used_before']} rows were used to compress it and are left out")
+            say(f"{facts['rows_used_before']} rows were used to compress it and are left out")
     settle(outcomes, junit, "lorapack evaluate", tell=not as_json)

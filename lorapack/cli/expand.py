@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 from lorapack.engines import NAMES
 from lorapack.errors import InputError
 
@@ -40,11 +41,11 @@ def expand(adapter: str, out: str, engine: str, as_vera: bool, revision: str | N
 
         with new_directory(out, overwrite=settings["overwrite"], inputs=(adapter,)) as directory:
             put_vera(read_adapter(source), directory)
-        click.echo(f"Wrote {out}")
+        say(f"Wrote {out}")
         return
     from lorapack.engines import rules
     from lorapack.expand import expand_adapter
 
     written = expand_adapter(read_adapter(source), out, engine, source=source, **settings)
     found = rules(engine)
-    click.echo(f"Wrote {out} for {found.title} {found.version}\nLoad it with: {found.serve(written, out)}")
+    say(f"Wrote {out} for {found.title} {found.version}\nLoad it with: {found.serve(written, out)}")

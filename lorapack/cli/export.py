@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -34,8 +35,8 @@ def export(adapter: str, out: str, adapter_only: str | None, **settings: Any) ->
         del settings["dtype"], settings["separate"]
         record = export_further(adapter, out, adapter_only, **settings)
     for what, figures in (record.verification or {}).items():
-        click.echo(
+        say(
             f"{what}: {figures['numbers']:,} numbers differ from torch's by at most {figures['largest']:.1e}"
             + (f", {figures['equal']} of {figures['decisions']} choices the same" if figures["decisions"] else "")
         )
-    click.echo(f"Wrote {out}")
+    say(f"Wrote {out}")

@@ -3,6 +3,7 @@
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -35,7 +36,7 @@ def extract(full: str, base: str, out: str, overwrite: bool, rank: int | None, e
         rows.add_row(name, str(len(members)), shown, f"{max(layer.error for layer in members):.2%}")
     console().print(rows)
     for module in done.saved:
-        click.echo(f"Saved whole: {module}")
+        say(f"Saved whole: {module}")
     if done.biases:
-        click.echo(f"Saved: {done.biases:,} biases")
-    click.echo(f"Wrote {out}: {len(done.layers):,} layers; {done.unchanged:,} tensors are the base's")
+        say(f"Saved: {done.biases:,} biases")
+    say(f"Wrote {out}: {len(done.layers):,} layers; {done.unchanged:,} tensors are the base's")

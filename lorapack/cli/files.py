@@ -44,10 +44,9 @@ def write_statistics(statistics: Statistics, path: str, overwrite: bool) -> None
 
 def write_plan(plan: Plan, path: str, overwrite: bool) -> None:
     with new_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(plans.to_json(plan))
+        temporary.write_text(plans.to_json(plan), encoding="utf-8")
 
 
-def write_text(text: str, path: str) -> None:
-    """A file that says how a run went, in place of that of an earlier run."""
-    with new_file(path, overwrite=True) as temporary:
-        temporary.write_text(text)
+def write_text(text: str, path: str, overwrite: bool) -> None:
+    with new_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import click
-
+from lorapack.cli.say import say
 from lorapack.core.report import GateOutcome
 from lorapack.errors import InputError
 from lorapack.ship.gates import Gates, demand, explained
@@ -24,7 +23,7 @@ def take_gates(settings: dict[str, Any], quality: bool, without: str) -> tuple[G
     """
     names = ("min_retained", "max_loss_increase", "max_bytes", "max_params")
     gates = Gates(**{name: settings.pop(name) for name in names})
-    target: str | None = settings.pop("junit")
+    target: str | None = settings.pop("junit", None)
     if gates.of_quality and not quality:
         raise InputError(f"{gates.of_quality[0]} needs {without}")
     if target is not None:
@@ -52,8 +51,8 @@ def settle(
     if target is not None:
         from lorapack.cli.files import write_text
 
-        write_text(junit(outcomes, command), target)
+        write_text(junit(outcomes, command), target, overwrite=True)  # in place of an earlier run's
     for outcome in outcomes:
         if tell and outcome.met:
-            click.echo(f"Gate met: {explained(outcome)}")
+            say(f"Gate met: {explained(outcome)}")
     demand(outcomes, written)

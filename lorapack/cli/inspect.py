@@ -3,6 +3,7 @@
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -19,7 +20,7 @@ def inspect(adapter: str, revision: str | None, as_json: bool) -> None:
 
     found = describe_adapter(read_adapter(adapter, revision))
     if as_json:
-        click.echo(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
         return
     out = console()
     out.print(

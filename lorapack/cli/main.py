@@ -1,6 +1,7 @@
 """The group of commands, and how their errors reach the user."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from lorapack.cli.evaluate import evaluate
 from lorapack.cli.expand import expand
 from lorapack.cli.export import export
 from lorapack.cli.extract import extract
+from lorapack.cli.fleet import fleet
 from lorapack.cli.inspect import inspect
 from lorapack.cli.measure import measure
 from lorapack.cli.merge import merge
@@ -26,6 +28,7 @@ from lorapack.cli.pull import pull
 from lorapack.cli.push import push
 from lorapack.cli.recover import recover
 from lorapack.cli.report import report
+from lorapack.cli.say import nobody_reads, plain, spell_out_letters
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
@@ -33,6 +36,7 @@ from lorapack.processes import join, tells
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
 HELP = ["-h", "--help"]
+HALF = "no output is half written"
 
 
 @click.group(context_settings={"help_option_names": HELP, "max_content_width": 100})
@@ -52,6 +56,7 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
 
 for command in (
     compress,
+    fleet,
     inspect,
     measure,
     plan,
@@ -82,7 +87,20 @@ def main() -> None:
     debug = "--debug" in sys.argv
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    spell_out_letters()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second
+            signal.signal(number, _stop)
     sys.exit(_run(lambda: cli.main(standalone_mode=False), debug))
+
+
+def _stop(number: int, _: Any) -> None:
+    """End as Ctrl-C does, so that what is half written is removed."""
+    raise Stopped(number)
+
+
+class Stopped(BaseException):
+    """A signal that ends the run; its number is the first argument. Of KeyboardInterrupt click makes its own."""
 
 
 def _run(work: Callable[[], Any], debug: bool) -> int:
@@ -90,10 +108,12 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
         return work() or 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except Stopped as stop:
+        return _say(f"ended by {signal.Signals(stop.args[0]).name}; {HALF}", 128 + int(stop.args[0]))
     except (KeyboardInterrupt, click.Abort):
-        return _say("interrupted, nothing was written", INTERRUPTED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _say(f"interrupted; {HALF}", INTERRUPTED)
+    except BrokenPipeError:  # help and click's own
+        nobody_reads()
         return 0
     except click.ClickException as error:
         if isinstance(error, click.exceptions.NoArgsIsHelpError):
@@ -107,15 +127,17 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
             raise
         return _say(str(error).replace("\n", " "), BAD_INPUT)
     except GateError as missed:
-        return _say(str(missed), GATE)
+        return _say(str(missed).replace("\n", " "), GATE)
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.strerror:  # the system's no, such as a full disk behind `>`
+            return _say(f"{error.filename or 'reading or writing'}: {error.strerror}".replace("\n", " "), BAD_INPUT)
         first = (str(error).splitlines() or [""])[0]
         return _say(f"a fault in lorapack: {type(error).__name__}: {first} (--debug shows where)", INTERNAL)
 
 
 def _say(message: str, code: int) -> int:
     if tells():
-        click.echo(f"lorapack: {message}", err=True)
+        click.echo(f"lorapack: {plain(message)}", err=True)
     return code

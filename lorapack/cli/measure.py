@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command(cls=options.MethodCommand)
@@ -54,4 +55,4 @@ def measure(
     for module, norm in output_norms(source, statistics).items():
         norms.add_row(module, f"{norm:.6g}")
     console().print(norms)
-    click.echo(f"Measured {statistics.tokens:,} tokens of {statistics.samples:,} rows. Wrote {out}")
+    say(f"Measured {statistics.tokens:,} tokens of {statistics.samples:,} rows. Wrote {out}")

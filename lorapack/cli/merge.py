@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -37,4 +38,4 @@ def merge(adapters: tuple[str, ...], out: str, **settings: Any) -> None:
     from lorapack.merge.merge import merge_adapter
 
     done = merge_adapter(adapters, out, **settings)
-    click.echo(f"Wrote {out}: {done.changed:,} of {done.tensors:,} tensors changed")
+    say(f"Wrote {out}: {done.changed:,} of {done.tensors:,} tensors changed")

@@ -67,7 +67,7 @@ def spelled(ctx: click.Context) -> list[str]:
     for parameter in ctx.command.params:
         value, source = ctx.params[str(parameter.name)], ctx.get_parameter_source(str(parameter.name))
         if isinstance(parameter, click.Argument):
-            words.append(value)
+            words += value if isinstance(value, tuple) else [value]
         elif source is not ParameterSource.DEFAULT and value not in (None, {}):
             name = max(parameter.opts, key=len)
             if isinstance(value, bool):
@@ -141,16 +141,34 @@ METHOD = together(
     ),
     click.option("--budget", metavar="N|P%|KB", help="Parameters allowed, or bytes: 5000B, 200KB, 1.5MB."),
 )
+RETAIN = click.option(
+    "--retain",
+    callback=parse_share,
+    metavar="P%",
+    help="Instead of a budget: the smallest size that keeps this much of the gain; 99% for adaptive without a budget.",
+)
+SHARE_INIT = click.option(
+    "--share-init",
+    type=click.Choice(["closed", "copy", "fresh"]),
+    default="closed",
+    show_default=True,
+    help="Where a shared adapter starts: least squares, a copy of one layer, or anew.",
+)
+RECOVER_STEPS = click.option(
+    "--recover-steps", type=int, default=100, show_default=True, help="Steps of recovery, 0 for none."
+)
+CALIBRATION = click.option("--data", metavar="FILE", help=ROWS + " Only methods that measure nothing go without.")
+EVALUATION = click.option("--eval-data", metavar="FILE", help="Rows to evaluate on; otherwise cut off the data.")
 STORE = click.option(
     "--store",
     type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
     help="How the factors are stored; --budget P% then is of the bytes.  [default: as in ADAPTER]",
 )
-RECOVERY = together(
+TRAINING = together(
     click.option(
         "--objective",
         type=click.Choice(["kl", "task", "both"]),
-        default="kl",
+        default="both",
         show_default=True,
         help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
     ),
@@ -172,11 +190,14 @@ RECOVERY = together(
         help="What has its own mask.",
     ),
     click.option("--checkpointing", is_flag=True, help="Less memory in the recovery, a third slower."),
+)
+RECOVERY = together(
+    TRAINING,
     click.option("--state", metavar="FILE", help="Keep the recovery's state here."),
     click.option("--resume", is_flag=True, help="Go on from --state."),
 )
 
-GATES = together(
+LIMITS = together(
     click.option(
         "--min-retained",
         callback=parse_share,
@@ -191,6 +212,9 @@ GATES = together(
     ),
     click.option("--max-bytes", callback=parse_bytes, metavar="N|KB", help="Exit 3 if there are more LoRA bytes."),
     click.option("--max-params", type=int, metavar="N", help="Exit 3 if there are more LoRA parameters."),
+)
+GATES = together(
+    LIMITS,
     click.option("--junit", metavar="FILE", help="Write the gates and their outcome as JUnit XML."),
 )
 

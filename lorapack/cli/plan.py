@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command(cls=options.MethodCommand)
@@ -44,4 +45,4 @@ def plan(
     made = plan_adapter(source, statistics, method, budget=budget, store=store, **method_options)
     write_plan(made, out, overwrite)
     print_plan(made, parameters(made, source), size(source).parameters)
-    click.echo(f"Wrote {out}")
+    say(f"Wrote {out}")

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorapack.errors import InputError, OutputError
+from lorapack.errors import InputError
 from lorapack.sweep import Point
+from lorapack.write.file import new_file
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -44,7 +45,5 @@ def draw_sweep(points: Sequence[Point], path: str) -> None:
     axes.set_ylabel("gain retained")
     axes.grid(alpha=0.3)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}") from None
+    with new_file(path, overwrite=True) as temporary:
+        figure.savefig(temporary, dpi=150, format=Path(path).suffix.removeprefix("."))

@@ -50,16 +50,14 @@ def _lines(step: str, items: Iterable[Item], count: int) -> Iterator[Item]:
         if now - said >= EVERY:
             said = now
             left = (now - start) / number * (count - number)
-            print(
-                f"lorapack: {step} {number}/{count}, {_rate(seen, now - start)}, {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            rate = f"{_rate(seen, now - start)}, " if seen else ""
+            print(f"lorapack: {step} {number}/{count}, {rate}{left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def _tokens(item: Any) -> int:
-    return int(item.attention_mask.sum())
+    """Of a batch; other items have none."""
+    return int(item.attention_mask.sum()) if hasattr(item, "attention_mask") else 0
 
 
 def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else ""
+    return f"{tokens / seconds:,.0f} tokens/s" if tokens and seconds > 0 else ""

@@ -3,6 +3,7 @@
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -19,4 +20,4 @@ def pull(repo: str, out: str, overwrite: bool, revision: str | None) -> None:
     from lorapack.hub import pull_adapter
 
     files = pull_adapter(repo, out, revision, overwrite=overwrite)
-    click.echo(f"Wrote {out}: {', '.join(files)}")
+    say(f"Wrote {out}: {', '.join(files)}")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 if TYPE_CHECKING:
     from lorapack.ship.push import Shipment
@@ -56,11 +57,11 @@ def push(directory: str, repo: str, dry_run: bool, as_json: bool, **settings: An
         return
     done = push_adapter(directory, target)
     if as_json:
-        click.echo(json.dumps(asdict(done), indent=1))
+        say(json.dumps(asdict(done), indent=1))
     elif done.changed:
-        click.echo(f"Pushed to {repo}, commit {done.commit}: {done.url}")
+        say(f"Pushed to {repo}, commit {done.commit}: {done.url}")
     else:
-        click.echo(f"{repo} has all of it, commit {done.commit}: {done.url}")
+        say(f"{repo} has all of it, commit {done.commit}: {done.url}")
 
 
 def print_shipment(shipment: "Shipment", repo: str, as_json: bool) -> None:
@@ -72,7 +73,7 @@ def print_shipment(shipment: "Shipment", repo: str, as_json: bool) -> None:
     if as_json:
         found = {"repo": repo, "makes": shipment.makes, "files": sizes, "unchanged": shipment.unchanged}
         found |= {"deleted": shipment.deleted, "left": shipment.left, "card": shipment.card}
-        click.echo(json.dumps(found, indent=1))
+        say(json.dumps(found, indent=1))
         return
     out = console()
     rows = table(f"One commit to {repo}", "file", "bytes", "")
@@ -85,4 +86,4 @@ def print_shipment(shipment: "Shipment", repo: str, as_json: bool) -> None:
         out.print(f"The {shipment.makes} is not there and would be made")
     if shipment.left:
         out.print(f"Not sent: {', '.join(shipment.left)}", soft_wrap=True, markup=False)
-    click.echo(f"\nREADME.md:\n\n{shipment.card}")
+    say(f"\nREADME.md:\n\n{shipment.card}")

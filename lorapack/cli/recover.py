@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -76,9 +77,9 @@ def recover(
         report = replace(made.report, run=run)
         put_adapter(made.adapter, directory, report=report)
     if as_json:
-        click.echo(Path(out, REPORT).read_text(), nl=False)
+        say(Path(out, REPORT).read_text(), nl=False)
         return
     from lorapack.cli.show import print_report
 
     print_report(report)
-    click.echo(f"Wrote {out}")
+    say(f"Wrote {out}")

@@ -4,6 +4,8 @@ from typing import Literal
 
 import click
 
+from lorapack.cli.say import say
+
 
 @click.command()
 @click.argument("directory", metavar="DIR")
@@ -46,7 +48,7 @@ def report(
     is_markdown = form == "markdown" if form else out is None or out.endswith(".md")
     page = markdown(found, points) if is_markdown else html(found, points)
     if out is None:
-        click.echo(page, nl=False)
+        say(page, nl=False)
     else:
-        write_text(page, out)
-        click.echo(f"Wrote {out}")
+        write_text(page, out, overwrite)
+        say(f"Wrote {out}")

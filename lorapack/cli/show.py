@@ -1,25 +1,38 @@
 """Values as tables on the terminal."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from lorapack.cli.say import nobody_reads, plain
 from lorapack.core.report import Quality, Report
 from lorapack.write.card import shown
 
 if TYPE_CHECKING:
     from lorapack.core.plan import Plan
+    from lorapack.fleet.summary import Summary
     from lorapack.verify import Verification
 
 VARIANTS = ("base", "original", "compressed")
 
 
+class Terminal(Console):
+    """Rich's console for text that may come from anybody."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(plain(text), **how)
+
+    def on_broken_pipe(self) -> None:
+        nobody_reads()
+
+
 def console() -> Console:
     """Standard output; in a file or a pipe as wide as the table needs, without colours."""
-    found = Console(highlight=False)
-    return found if found.is_terminal else Console(highlight=False, width=120)
+    found = Terminal(highlight=False, markup=False)
+    return found if found.is_terminal else Terminal(highlight=False, markup=False, width=120)
 
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
@@ -113,3 +126,31 @@ def print_verification(found: "Verification") -> None:
         rows.add_row("same top-1", f"{found.agreement:.1%}")
     rows.add_row("the same", "yes" if found.same else "no")
     console().print(rows)
+
+
+def print_fleet(summary: "Summary", most: int) -> None:
+    """All rows of a small fleet; of one with more than `most` only those that are not done."""
+    from lorapack.fleet.summary import totals
+
+    rows = summary.adapters
+    small = len(rows) <= most
+    found = table(
+        "Adapters" if small else "Adapters that are not done",
+        "",
+        "state",
+        "before",
+        "after",
+        "left",
+        "gain retained",
+        left=2,
+    )
+    for row in rows:
+        if row.state == "failed":
+            found.add_row(row.name, row.state, "–", "–", "–", "–")
+        elif small or row.state != "done":
+            share = f"{row.bytes_after / row.bytes_before:.1%}" if row.bytes_before else "–"
+            retained = shown(row.retained, percent=True)
+            found.add_row(row.name, row.state, f"{row.bytes_before:,}", f"{row.bytes_after:,}", share, retained)
+    if found.row_count:
+        console().print(found)
+    console().print(totals(rows), soft_wrap=True)

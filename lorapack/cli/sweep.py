@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -64,7 +65,7 @@ def sweep(adapter: str, data: str, plot: str | None, revision: str | None, as_js
 
         draw_sweep(points, plot)
     if as_json:
-        click.echo(json.dumps(to_json(points), indent=1))
+        say(json.dumps(to_json(points), indent=1))
         return
     rows = table("Size against quality, held-out rows", "method", "budget", "parameters", "left", "gain retained", "KL")
     for point in points:

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 
 @click.command()
@@ -36,7 +37,7 @@ def verify(a: str, b: str, as_json: bool, **settings: Any) -> None:
 
     found = run(find_adapter(a), find_adapter(b), **settings)
     if as_json:
-        click.echo(json.dumps({"same": found.same, **asdict(found)}, indent=1))
+        say(json.dumps({"same": found.same, **asdict(found)}, indent=1))
     else:
         from lorapack.cli.show import print_verification
 

@@ -14,6 +14,7 @@ PREFIX = "base_model.model."  # what PEFT puts before a module's name in a check
 LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_(?:embedding_)?[AB])(?:\.weight)?$"
 )  # a factor's name in a checkpoint
+MODEL_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # on the Hub; also without an owner, such as gpt2
 
 _HEADS = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "classifier.dense.weight")
 

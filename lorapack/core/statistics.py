@@ -230,5 +230,5 @@ def from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
             average=str(header["average"]),
             provenance=dict(header["provenance"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"no statistics written by `lorapack measure` ({error})") from error

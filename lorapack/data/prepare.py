@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapack.data.columns import Columns, Example, detect, examples
 from lorapack.data.encode import Encoded, encode
-from lorapack.data.rows import Row, read_rows, source_name
+from lorapack.data.rows import Source, read_source
 from lorapack.data.split import Parts, split
 from lorapack.errors import InputError
 
@@ -54,9 +54,9 @@ class Prepared:
 
 def prepare(
     reader: Reader,
-    data: str,
+    data: str | Source,
     *,
-    eval_data: str | None = None,
+    eval_data: str | Source | None = None,
     columns: Mapping[str, str] | None = None,
     sample: str,
     seed: int,
@@ -66,7 +66,7 @@ def prepare(
 
     Args:
         reader: of the base model.
-        data: see `lorapack.data.rows.read_rows`.
+        data: see `lorapack.data.rows.read_rows`; or what has been read.
         eval_data: evaluation rows of their own; otherwise they are cut off the data.
         columns: role to column, where the usual names do not fit.
         sample: how much to calibrate on, see `lorapack.data.split.split`.
@@ -139,17 +139,18 @@ def prepare_evaluation(
 
 
 def usable_rows(
-    reader: Reader, data: str, columns: Mapping[str, str] | None
+    reader: Reader, data: str | Source, columns: Mapping[str, str] | None
 ) -> tuple[list[Example], Columns, dict[str, Any]]:
-    rows: Sequence[Row] = read_rows(data)
+    source = data if isinstance(data, Source) else read_source(data)
+    rows = source.rows
     found = detect(rows, reader.classes is not None, columns or {})
     usable = examples(rows, found)
     if not usable:
         raise InputError(f"{data}: none of its {len(rows)} rows is usable with the columns {found}")
-    return usable, found, {"source": source_name(data), "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
+    return usable, found, {"source": source.name, "rows": len(rows), "rows_unusable": len(rows) - len(usable)}
 
 
-def check_labels(reader: Reader, rows: Sequence[Encoded], data: str) -> None:
+def check_labels(reader: Reader, rows: Sequence[Encoded], data: str | Source) -> None:
     """A token or label the model does not know is the user's mistake, not an index error in a kernel."""
     for row in rows:
         if reader.vocabulary is not None and max(row.input_ids, default=0) >= reader.vocabulary:

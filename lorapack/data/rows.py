@@ -2,6 +2,8 @@
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,29 @@ from lorapack.errors import InputError
 
 Row = dict[str, Any]
 FORMATS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A data source that has been read; it can be sent to where the file is not.
+
+    Attributes:
+        given: as it was named, for messages.
+        name: what a report calls it, see `source_name`.
+        rows: all of them.
+    """
+
+    given: str
+    name: str
+    rows: Sequence[Row]
+
+    def __str__(self) -> str:
+        return self.given
+
+
+def read_source(source: str) -> Source:
+    """The rows together with their names. Raises as `read_rows`."""
+    return Source(source, source_name(source), read_rows(source))
 
 
 def read_rows(source: str | Path) -> list[Row]:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from lorapack.core.adapter import Adapter
-from lorapack.errors import InputError
+from lorapack.errors import InputError, OutputError
 from lorapack.export.files import save
 from lorapack.export.graph import weights
 from lorapack.export.job import Job
@@ -48,6 +48,7 @@ def write_adapters(job: Job, adapter: Adapter, record: Record, graphs: Path, dir
 
     Raises:
         InputError: the adapter does not fit the graphs.
+        OutputError: a file cannot be written.
     """
     slots = record.slots or {}
     check_fits(adapter, {module: slot for of_graph in slots.values() for module, slot in of_graph.items()})
@@ -62,7 +63,10 @@ def write_adapters(job: Job, adapter: Adapter, record: Record, graphs: Path, dir
         values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for key, tensor in tensors.items()}
         written.set_parameters(values)
         path = directory / f"{Path(name).stem}.onnx_adapter"
-        written.export_adapter(str(path))
+        try:
+            written.export_adapter(str(path))
+        except Exception:  # ONNX Runtime raises its own, which says where in its sources
+            raise OutputError(f"{path.name} cannot be written; the disk may be full") from None
         _compare(tensors, path)
 
 

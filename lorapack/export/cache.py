@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import onnx_ir as ir
 
 import lorapack
+from lorapack.errors import OutputError
 from lorapack.export.graph import weights
+from lorapack.write.directory import new_directory
 
 MADE_BY = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
 IRRELEVANT = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "architectures")
@@ -49,7 +50,7 @@ def cached(
     found = _read(place)
     if not found:
         found = make()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, OutputError):
             _keep(found, place)
     return found
 
@@ -70,13 +71,9 @@ def _read(place: Path) -> dict[str, ir.Model]:
 
 
 def _keep(models: Mapping[str, ir.Model], place: Path) -> None:
-    """Whole or not at all: written beside and renamed; of two that write the same the first stays."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent) as work:
-        made = Path(work) / "graphs"
-        made.mkdir()
+    """Whole or not at all; of two that write the same the first stays."""
+    if not _read(place):  # a damaged one
+        shutil.rmtree(place, ignore_errors=True)
+    with new_directory(place) as made:
         for name, model in models.items():
             ir.save(model, made / name)
-        if not _read(place):  # a damaged one
-            shutil.rmtree(place, ignore_errors=True)
-        made.rename(place)

@@ -22,7 +22,7 @@ def write_texts(job: Job, directory: Path) -> None:
     for name, path in companions(job.base.directory, job.adapter_at).items():
         if not name.endswith(".py"):
             shutil.copyfile(path, directory / name)
-    (directory / MODEL_CONFIG).write_text(json.dumps(job.config, indent=2) + "\n")
+    (directory / MODEL_CONFIG).write_text(json.dumps(job.config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_graph(job: Job, graph: ir.Model, path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorapack.core.checked import parse_value
+from lorapack.errors import InputError
 from lorapack.export.graph import Slot, Weight
 from lorapack.read.files import read_json
 
@@ -42,13 +43,17 @@ class Record:
 
 
 def write_record(record: Record, directory: Path) -> None:
-    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    (directory / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
 
 
 def read_record(directory: Path) -> Record:
     """The record of an earlier export.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: it is missing or damaged, or names files elsewhere.
     """
-    return parse_value(Record, read_json(directory / RECORD), str(directory / RECORD))
+    record = parse_value(Record, read_json(directory / RECORD), str(directory / RECORD))
+    for name in {**(record.slots or {}), **record.carried}:
+        if name != Path(name).name or not name.endswith(".onnx"):
+            raise InputError(f"{directory / RECORD} names the graph {name!r}, which is no plain name of an .onnx file")
+    return record

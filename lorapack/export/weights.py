@@ -21,7 +21,7 @@ from lorapack.merge.base import Base
 from lorapack.merge.layout import WIDTHS, Entry
 from lorapack.merge.match import Change, match, places
 from lorapack.merge.numbers import STORED, Array
-from lorapack.merge.stream import blocks
+from lorapack.merge.stream import Scratch, blocks
 from lorapack.merge.updates import Carried, Updates
 
 FIRST = 4096  # bytes of a tensor that its fingerprint is made of
@@ -127,7 +127,7 @@ def read(name: str, source: Source, dtype: str, transposed: bool) -> Array:
     rows = tensor.T if transposed else tensor.reshape(shape[0] if shape else 1, -1)
     with open(source.file or os.devnull, "rb") as file:
         at = 0
-        for block in blocks(file.fileno(), name, source.entry, dtype, source.change):
+        for block in blocks(file.fileno(), name, source.entry, dtype, source.change, Scratch()):
             rows[at : at + len(block)] = block
             at += len(block)
     return tensor

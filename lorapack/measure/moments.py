@@ -48,8 +48,8 @@ def measure_moments(
         InputError: a module that is never reached, or whose tokens cannot be told from padding.
     """
     weights = Weights(average)
-    factors = {m: (loaded.layers[m].lora_A[NAME].weight, loaded.layers[m].lora_B[NAME].weight) for m in modules}
-    sums = Sums(weights, factors)
+    layers = {m: loaded.layers[m] for m in modules}
+    sums = Sums(weights, {m: {NAME: (of.lora_A[NAME].weight, of.lora_B[NAME].weight)} for m, of in layers.items()})
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, __: Any, h: Tensor) -> None:
@@ -62,8 +62,8 @@ def measure_moments(
 
         return forward
 
-    run(loaded, {m: (loaded.layers[m].lora_A[NAME], hook(m)) for m in factors}, batches, weights, loss)
-    return sums.statistics(provenance or {})
+    run(loaded, {m: (of.lora_A[NAME], hook(m)) for m, of in layers.items()}, batches, weights, loss)
+    return sums.statistics(NAME, layers, provenance or {})
 
 
 def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights, loss: bool = False) -> None:
@@ -77,7 +77,7 @@ def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights
     def through(batch: Batch) -> None:
         weights.set(batch)
         if loss:
-            _pull(loaded, batch)
+            pull(loaded, batch)
         else:
             run_body(loaded, batch)
 
@@ -88,7 +88,7 @@ def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights
             weights.totals.settle()
 
 
-def _pull(loaded: Loaded, batch: Batch) -> None:
+def pull(loaded: Loaded, batch: Batch) -> None:
     """The backward pass of the summed loss; the head a chunk at a time, unless its inputs are measured as well."""
     if acts_on_head(loaded):
         losses(loaded, predict(loaded, batch)).sum().backward()  # type: ignore[no-untyped-call]
@@ -121,9 +121,9 @@ def measure_inputs(
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
-            x, each = weights.pick(module, given[0])
+            x = weights.pick(module, given[0])
             y = x @ on_device[id(bases[module])].to(x.device).T
-            weights.totals.add(("inputs", module), (y * each).T @ y)
+            weights.totals.add(("inputs", module), (y * weights.each(y)).T @ y)
 
         return forward
 

@@ -58,34 +58,30 @@ def measure_moments_on_base(
             what = next(iter(adapter.carried), None) or next(m for m in adapter.modules if m not in adapter.linear)
             raise InputError(f"{name} changes more of the base than linear modules ({what}): measure it alone")
     weights = Weights(average)
-    sums = {name: _sums(weights, name, adapter, loaded.device) for name, adapter in adapters.items()}
-    users = {m: [name for name in adapters if m in sums[name].modules] for name in adapters for m in sums[name].modules}
+    users: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
+    for name, adapter in adapters.items():
+        for m in adapter.linear:
+            pair = adapter.factors(m)
+            a, b = (factor.to(loaded.device, torch.float32) for factor in (pair.A, pair.B))
+            users.setdefault(m, {})[name] = a, b, adapter.scale(m)
+    sums = Sums(weights, {m: {name: (a, b) for name, (a, b, _) in of.items()} for m, of in users.items()})
     layers = {m: _base_layer(loaded, m) for m in users}
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
-        names = users[module]
-        pairs = [adapters[name].factors(module) for name in names]
-        ranks = [pair.rank for pair in pairs]
-        all_a = torch.cat([pair.A.float() for pair in pairs]).to(loaded.device)
-        scaled = [pair.B.float() * adapters[n].scale(module) for n, pair in zip(names, pairs, strict=True)]
-        all_b = torch.cat(scaled, dim=1).to(loaded.device)
+        all_a = torch.cat([a for a, _, _ in users[module].values()])
+        all_b = torch.cat([scale * b for _, b, scale in users[module].values()], dim=1)
 
         def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
             x = _single(given[0].detach())
             h = x @ all_a.to(x).T
-            for name, part in zip(names, torch.split(h, ranks, -1), strict=True):
-                sums[name].forward(module, part)
+            sums.forward(module, h)
             if loss:
                 if not y.requires_grad:
                     y.requires_grad_()  # a frozen base: the graph begins here
 
                 def backward(slope: Tensor) -> None:
                     slope = _single(slope)
-                    u = slope @ all_b.to(slope)
-                    for name, seen, found in zip(
-                        names, torch.split(h, ranks, -1), torch.split(u, ranks, -1), strict=True
-                    ):
-                        sums[name].backward(module, seen, found)
+                    sums.backward(module, h, slope @ all_b.to(slope))
 
                 y.register_hook(backward)  # type: ignore[no-untyped-call]
 
@@ -94,7 +90,10 @@ def measure_moments_on_base(
     with base_alone(loaded):
         run(replace(loaded, layers=layers), {m: (layers[m], hook(m)) for m in users}, batches, weights, loss)
     facts = {**(provenance or {}), "activations": "base"}
-    return {name: each.statistics({**facts, "adapter": digest(adapters[name])}) for name, each in sums.items()}
+    return {
+        name: sums.statistics(name, adapter.linear, {**facts, "adapter": digest(adapter)})
+        for name, adapter in adapters.items()
+    }
 
 
 @contextmanager
@@ -106,11 +105,6 @@ def base_alone(loaded: Loaded) -> Iterator[None]:
             yield
     finally:
         loaded.model.requires_grad_(False)  # PEFT enables an adapter for training
-
-
-def _sums(weights: Weights, name: str, adapter: Adapter, device: torch.device) -> Sums:
-    pairs = {m: adapter.factors(m) for m in adapter.linear}
-    return Sums(weights, {m: (pair.A.to(device), pair.B.to(device)) for m, pair in pairs.items()}, name)
 
 
 def _base_layer(loaded: Loaded, module: str) -> Any:

@@ -1,6 +1,6 @@
 """What is added up over the tokens of all batches: r x r products, for each module."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,7 +17,8 @@ Average = Literal["token", "sample"]
 class Weights:
     """The batch at hand: which positions are tokens, what each weighs in the sums; and the sums so far."""
 
-    mask: Tensor
+    shape: torch.Size
+    at: Tensor | None
     values: Tensor
     of_row: Tensor
 
@@ -26,98 +27,116 @@ class Weights:
         self.totals = Totals()
 
     def set(self, batch: Batch) -> None:
-        self.mask = batch.attention_mask.bool()
+        """Once a batch, so that no module has to look for the padding (and no accelerator to wait for the answer)."""
+        mask = batch.attention_mask.bool()
         lengths = batch.attention_mask.sum(dim=1, keepdim=True).double()
-        each = torch.ones_like(lengths) if self.average == "token" else 1 / lengths
-        self.of_row = each
-        self.values = each.expand_as(self.mask)[self.mask]
+        self.of_row = torch.ones_like(lengths) if self.average == "token" else 1 / lengths
+        self.values = self.of_row.expand_as(mask)[mask]
+        self.shape = mask.shape
+        self.at = None if mask.all() else mask.flatten().nonzero()[:, 0]
         self.totals.add(("weight",), self.values.sum())
-        self.totals.add(("tokens",), self.mask.sum().double())
-        self.totals.add(("samples",), each.new_tensor(len(each)))
+        self.totals.add(("tokens",), lengths.sum())
+        self.totals.add(("samples",), lengths.new_tensor(len(mask)))
+
+    def pick(self, module: str, values: Tensor) -> Tensor:
+        """The values at the tokens, padding left out, (tokens, n) float64.
+
+        A module that sees one vector a row (a pooler) has each of them counted once.
+        """
+        values = values.detach()
+        if values.ndim == 2 and len(values) == self.shape[0]:
+            return values.double()
+        if values.ndim != 3 or values.shape[:2] != self.shape:
+            raise InputError(
+                f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.shape)} tokens, "
+                "so padding cannot be told apart; it cannot be measured"
+            )
+        flat = values.flatten(0, 1)
+        return (flat if self.at is None else flat.index_select(0, self.at.to(flat.device))).double()
+
+    def each(self, picked: Tensor) -> Tensor:
+        """The weight of each token of some picked values, (tokens, 1); 1 for the vector of a whole row."""
+        if len(picked) == self.shape[0]:
+            return torch.ones_like(picked[:, :1])
+        return self.values[:, None].to(picked.device)  # of a model that is split, this layer's
+
+    def by_row(self, left: Tensor, right: Tensor) -> Tensor:
+        """Each row's sum of ``left right^T`` over its tokens, (rows, m, n), of picked (tokens, m) and (tokens, n)."""
+        return self._rows(left).mT @ self._rows(right)
+
+    def _rows(self, picked: Tensor) -> Tensor:
+        """(rows, length, n), zeros for padding."""
+        if len(picked) == self.shape[0]:
+            return picked[:, None]
+        if self.at is not None:
+            picked = picked.new_zeros(self.shape.numel(), picked.shape[1]).index_copy_(
+                0, self.at.to(picked.device), picked
+            )
+        return picked.view(*self.shape, -1)
 
     def total(self, what: str) -> float:
         """The ``weight`` of all tokens so far, or how many ``tokens`` or ``samples`` there were."""
         return float(self.totals.done[what,])
 
-    def pick(self, module: str, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The values at the tokens, padding left out, (tokens, n) float64, and the weight of each, (tokens, 1).
-
-        A module that sees one vector a row (a pooler) has each of them counted once.
-        """
-        if values.ndim == 2 and len(values) == len(self.mask):
-            found = values.detach().double()
-            return found, torch.ones_like(found[:, :1])
-        if values.ndim != 3 or values.shape[:2] != self.mask.shape:
-            raise InputError(
-                f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.mask.shape)} tokens, "
-                "so padding cannot be told apart; it cannot be measured"
-            )
-        found = values.detach()[self.mask.to(values.device)].double()
-        return found, self.values[:, None].to(found.device)
-
-    def by_row(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row's sum of ``left right^T`` over its tokens, (rows, m, n) float64, and its weight, (rows, 1, 1)."""
-        of_row = self.of_row[:, :, None].to(left.device)
-        if left.ndim == 2:
-            return left.detach().double()[:, :, None] * right.detach().double()[:, None, :], of_row
-        hidden = ~self.mask[:, :, None].to(left.device)
-        one, two = (values.detach().double().masked_fill(hidden, 0.0) for values in (left, right))
-        return one.transpose(1, 2) @ two, of_row
-
 
 class Sums:
-    """What is added up of one adapter: the parts of each module's `Moments`, float64.
+    """What is added up: the parts of the `Moments` of every module and adapter, float64.
 
     Args:
         weights: of the batch at hand.
-        factors: of every module, A (r, d_in) and B (d_out, r).
-        name: of the adapter, where there are several.
+        factors: for every module, by the adapter's name, A (r, d_in) and B (d_out, r).
     """
 
-    def __init__(self, weights: Weights, factors: Mapping[str, tuple[Tensor, Tensor]], name: str = "") -> None:
+    def __init__(self, weights: Weights, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
         self.weights = weights
-        self.name = name
-        self.modules = tuple(factors)
+        self._ranks = {m: {name: len(a) for name, (a, _) in pairs.items()} for m, pairs in factors.items()}
         self._inside = {
-            m: (a.detach().double() @ a.detach().double().T, b.detach().double().T @ b.detach().double())
-            for m, (a, b) in factors.items()
+            (m, name): (a.detach().double() @ a.detach().double().T, b.detach().double().T @ b.detach().double())
+            for m, pairs in factors.items()
+            for name, (a, b) in pairs.items()
         }
 
     def forward(self, module: str, h: Tensor) -> None:
-        """Add a batch's ``h = A x``."""
-        seen, each = self.weights.pick(module, h)
-        self._add(module, "forward", (seen * each).T @ seen)
+        """Add a batch's ``h = A x``, of the module's adapters side by side."""
+        seen = self.weights.pick(module, h)
+        each = self.weights.each(seen)
+        for name, mine in self._split(module, seen):
+            self._add(module, name, "forward", (mine * each).T @ mine)
 
     def backward(self, module: str, h: Tensor, u: Tensor) -> None:
         """Add what the batch's ``u = dloss/dh`` makes with its ``h``."""
-        (seen, each), (found, _) = self.weights.pick(module, h), self.weights.pick(module, u)
-        inside_a, inside_b = self._inside[module]
-        rows, of_row = self.weights.by_row(u, h)
-        for part, left, right, weight in (
-            ("backward", found, found, each),
-            ("cross", found, seen, each),
-            ("token_forward", seen, seen, each * ((found @ inside_a) * found).sum(1, True)),
-            ("token_backward", found, found, each * ((seen @ inside_b) * seen).sum(1, True)),
-        ):
-            self._add(module, part, (left * weight).T @ right)
-        self._add(module, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
-        self._add(module, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
+        seen, found = self.weights.pick(module, h), self.weights.pick(module, u)
+        each, of_row = self.weights.each(seen), self.weights.of_row[:, :, None].to(seen.device)
+        for (name, hs), (_, us) in zip(self._split(module, seen), self._split(module, found), strict=True):
+            inside_a, inside_b = (gram.to(seen.device) for gram in self._inside[module, name])
+            for part, left, right, weight in (
+                ("backward", us, us, each),
+                ("cross", us, hs, each),
+                ("token_forward", hs, hs, each * ((us @ inside_a) * us).sum(1, True)),
+                ("token_backward", us, us, each * ((hs @ inside_b) * hs).sum(1, True)),
+            ):
+                self._add(module, name, part, (left * weight).T @ right)
+            rows = self.weights.by_row(us, hs)
+            self._add(module, name, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
+            self._add(module, name, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
 
-    def statistics(self, provenance: Mapping[str, Any]) -> Statistics:
-        """All of it.
+    def statistics(self, name: str, modules: Iterable[str], provenance: Mapping[str, Any]) -> Statistics:
+        """All of one adapter.
 
         Raises:
             InputError: a module was never reached.
         """
-        found: dict[str, dict[str, Tensor]] = {module: {} for module in self.modules}
-        for (*of, part), value in self.weights.totals.done.items():
-            if len(of) == 2 and of[0] == self.name:
-                found[of[1]][part] = value.cpu()
-        for module, parts in found.items():
+        parts_of: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
+        for key, value in self.weights.totals.done.items():
+            if key[0] == name and len(key) == 3:
+                parts_of[key[1]][key[2]] = value
+        found = {}
+        for module, parts in parts_of.items():
             if not parts:
                 raise InputError(f"{module} was never reached by the calibration data, so it cannot be measured")
+            found[module] = Moments(**{part: value.cpu() for part, value in parts.items()})
         return Statistics(
-            modules={module: Moments(**parts) for module, parts in found.items()},
+            modules=found,
             weight=self.weights.total("weight"),
             tokens=int(self.weights.total("tokens")),
             samples=int(self.weights.total("samples")),
@@ -125,5 +144,10 @@ class Sums:
             provenance=dict(provenance),
         )
 
-    def _add(self, module: str, part: str, product: Tensor) -> None:
-        self.weights.totals.add((self.name, module, part), product)
+    def _split(self, module: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The columns of each adapter, by its name."""
+        ranks = self._ranks[module]
+        return zip(ranks, torch.split(values, list(ranks.values()), dim=1), strict=True)
+
+    def _add(self, module: str, name: str, part: str, product: Tensor) -> None:
+        self.weights.totals.add((name, module, part), product)

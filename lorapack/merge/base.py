@@ -85,12 +85,35 @@ def read_base(directory: Path, work: Path) -> Base:
 
 
 def companions(base: Path, adapter: Path) -> dict[str, Path]:
-    """The small files that come along, by name: the base's, and the adapter's tokenizer where it brings a whole one."""
+    """The small files that come along, by name: the base's, and the adapter's tokenizer where it brings a whole one.
+
+    Raises:
+        InputError: one is a link to somewhere else.
+    """
     found = {p.name: p for p in sorted(base.iterdir()) if p.is_file() and _matches(p.name, TAKEN, LEFT)}
     if (adapter / "tokenizer_config.json").exists():
         found = {name: path for name, path in found.items() if not _matches(name, TOKENIZER, ())}
         found |= {p.name: p for p in sorted(adapter.iterdir()) if p.is_file() and _matches(p.name, TOKENIZER, ())}
-    return {name: path for name, path in found.items() if name not in (CONFIG, MODEL_CONFIG)}
+    found = {name: path for name, path in found.items() if name not in (CONFIG, MODEL_CONFIG)}
+    for path in found.values():
+        refuse_foreign(path)
+    return found
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuse a link to a file that is none of a model's: what it leads to would be copied into the result.
+
+    A link is followed within its directory, to the file of the same name of another model, and from a snapshot in the
+    Hub's cache to the `blobs` beside it.
+
+    Raises:
+        InputError: names both.
+    """
+    target, directory = path.resolve(), path.parent.resolve()
+    own = [directory, directory.parent.parent / "blobs"] if directory.parent.name == "snapshots" else [directory]
+    model = target.name == path.name and any((target.parent / name).is_file() for name in (MODEL_CONFIG, CONFIG))
+    if not model and not any(place in target.parents for place in own):
+        raise InputError(f"{path} is a link to {target}, which is no file of a model; put the file itself there")
 
 
 def _matches(name: str, wanted: tuple[str, ...], unwanted: tuple[str, ...]) -> bool:

@@ -18,7 +18,7 @@ from lorapack.hub import find_adapter, find_base
 from lorapack.merge.base import INDEX, MODEL_CONFIG, Base, companions, read_base
 from lorapack.merge.layout import FLOATS, Entry, Shard, header, read_shard
 from lorapack.merge.match import Change, Matched, match
-from lorapack.merge.stream import Files, change, copy, write
+from lorapack.merge.stream import Files, Scratch, change, copy, write
 from lorapack.merge.updates import Updates, read_updates, weighted
 from lorapack.write.directory import new_directory, refuse_overlap
 
@@ -99,7 +99,7 @@ def merge_adapter(
             "dtype": dtype,
             "changed": sorted(matched.changes),
         }
-        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (directory / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if verify:
             from lorapack.verify import demand_same
             from lorapack.verify import verify as compare
@@ -164,12 +164,13 @@ def _jobs(
     """The work of a shard: changed tensors one by one, untouched ones in runs that lie together on both sides."""
     jobs: list[Callable[[], None]] = []
     runs: list[tuple[int, int, int]] = []
+    scratch = Scratch()
     for name, entry in sources.items():
         target = targets[name]
         what = changes.get(name)
         if what is not None or target.dtype != entry.dtype:
             what = what or Change()
-            jobs.append(lambda n=name, e=entry, t=target, w=what: change(files, n, e, t, w))  # type: ignore[misc]
+            jobs.append(lambda n=name, e=entry, t=target, w=what: change(files, n, e, t, w, scratch))  # type: ignore[misc]
         elif runs and (runs[-1][1], runs[-1][2]) == (entry.start, target.start - (runs[-1][1] - runs[-1][0])):
             runs[-1] = (runs[-1][0], entry.stop, runs[-1][2])
         else:
@@ -224,14 +225,14 @@ def _write_texts(base: Base, directory: Path, adapters: Sequence[Path], dtype: O
     else:
         config = dict(base.config) if dtype == "auto" else _retyped(base.config, dtype)
         config |= {"tie_word_embeddings": False} if matched.untied else {}
-        (directory / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (directory / MODEL_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if base.index is not None:
         total = sum(_bytes(directory / name) for name in base.shards)
         metadata = {**(base.index.get("metadata") or {}), "total_size": total}
         places = dict(base.index["weight_map"])
         places |= {new: places[old] for new, old in matched.untied.items()}
         index = {**base.index, "metadata": metadata, "weight_map": places}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _bytes(path: Path) -> int:

@@ -36,41 +36,36 @@ def narrow(values: Array, dtype: str, out: Array, spare: Array) -> None:
         values: float32 or float64, contiguous.
         dtype: of `STORED`.
         out: the same shape.
-        spare: uint32, two arrays of the same shape, overwritten.
+        spare: uint32, the same shape, overwritten.
 
     Raises:
         FloatingPointError: a number that the type cannot hold.
     """
-    if dtype != "BF16":
-        with np.errstate(over="raise"):
-            np.copyto(out, values, casting="same_kind")
-        return
-    spare, words = spare
     with np.errstate(over="raise"):
-        np.copyto(words.view(np.float32), values, casting="same_kind")
-    if values.dtype == np.float64:
-        _off_the_middle(words, values, spare)
-    np.right_shift(words, 16, out=spare)
-    np.bitwise_and(spare, 1, out=spare)
-    np.add(spare, 0x7FFF, out=spare)
-    np.add(words, spare, out=words)
-    np.right_shift(words, 16, out=words)
-    np.copyto(out, words, casting="unsafe")
+        np.copyto(spare.view(np.float32) if dtype == "BF16" else out, values, casting="same_kind")
+    if dtype != "BF16":
+        return
+    np.add(spare, 0x8000, out=spare)  # the upper half is now rounded, from the middle always up
+    np.copyto(out, spare, casting="unsafe")  # the lower half: 0 for what was on the middle
+    middle = np.flatnonzero(out == 0)  # one number in 65,536
+    if middle.size:
+        _down(spare.reshape(-1), values.reshape(-1), middle)
+    np.right_shift(spare, 16, out=spare)
+    np.copyto(out, spare, casting="unsafe")
 
 
-def _off_the_middle(words: Array, values: Array, spare: Array) -> None:
-    """Where rounding to float32 fell on the middle of two bfloat16 numbers, go back to the side it came from.
+def _down(words: Array, values: Array, middle: Array) -> None:
+    """Of numbers that went up from the middle of two bfloat16 ones, take back those that had to go down.
 
-    Without this the second rounding would not know that side: the result would be rounded twice.
+    They were rounded to float32 before, so the middle may not be where they were: the side they came from decides,
+    and between two equally near ones the even one. Rounding the float32 alone would be rounding twice.
 
     Args:
-        words: the bits of `values` in float32, changed.
-        values: float64.
-        spare: overwritten.
+        words: the bits in float32, 0x8000 added; changed.
+        values: the numbers.
+        middle: which of them.
     """
-    np.bitwise_and(words, 0xFFFF, out=spare)
-    middle = np.flatnonzero(spare == 0x8000)  # one number in 65,536
-    if middle.size:
-        flat = words.reshape(-1)
-        there, exact = np.abs(flat[middle].view(np.float32)), np.abs(values.reshape(-1)[middle])
-        flat[middle] += (exact > there).astype(np.uint32) - (exact < there).astype(np.uint32)
+    risen = words[middle]
+    there, exact = np.abs((risen - 0x8000).view(np.float32)), np.abs(values[middle])
+    odd = (risen >> 16) & 1 == 1
+    words[middle] = risen - ((exact < there) | ((exact == there) & odd))

@@ -2,9 +2,11 @@
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +58,25 @@ def write(files: Files, block: "bytes | Array", to: int) -> None:
         view, to = view[done:], to + done
 
 
-def change(files: Files, name: str, source: Entry, target: Entry, what: Change) -> None:
+class Scratch(threading.local):
+    """Arrays for the blocks of one tensor after the other, every thread's own.
+
+    Taking them from the system and giving them back for each tensor cost a tenth of a merge.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, Any], Array] = {}
+
+    def array(self, use: str, shape: tuple[int, int], dtype: Any) -> Array:
+        """The one of this use and type, with whatever is in it."""
+        size = shape[0] * shape[1]
+        kept = self._kept.get((use, dtype))
+        if kept is None or kept.size < size:
+            kept = self._kept[use, dtype] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
+
+
+def change(files: Files, name: str, source: Entry, target: Entry, what: Change, scratch: Scratch) -> None:
     """Write one tensor: converted, replaced, added to, scaled to DoRA's magnitudes.
 
     Args:
@@ -64,17 +84,18 @@ def change(files: Files, name: str, source: Entry, target: Entry, what: Change) 
         name: for messages.
         source, target: where it lies, and in which type; the same shape.
         what: the change, an empty one to convert only.
+        scratch: memory to compute in.
 
     Raises:
         InputError: the type cannot hold a number.
     """
     at = target.start
-    for block in blocks(files.source, name, source, target.dtype, what):
+    for block in blocks(files.source, name, source, target.dtype, what, scratch):
         write(files, block, at)
         at += block.nbytes
 
 
-def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change) -> Iterator[Array]:
+def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change, scratch: Scratch) -> Iterator[Array]:
     """One tensor in blocks of rows, in their order: converted, replaced, added to, scaled to DoRA's magnitudes.
 
     Args:
@@ -83,6 +104,7 @@ def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change) 
         source: where it lies.
         dtype: of the blocks, as stored (`STORED`).
         what: the change, an empty one to convert only.
+        scratch: memory to compute in, for one tensor at a time.
 
     Yields:
         (rows, columns), the axes behind the first taken together; overwritten by the next one.
@@ -93,23 +115,27 @@ def blocks(descriptor: int, name: str, source: Entry, dtype: str, what: Change) 
     if source.start == source.stop:
         return
     left, right = _sides(what)
-    sums = partial(_sums, descriptor, source, what.carried, dtype, left, right)
+    sums = partial(_sums, descriptor, source, what.carried, dtype, left, right, scratch)
     factors = _magnitudes(what, sums)
-    out = spare = np.empty((0, 0))
     for row, values in sums():
-        if out.shape[0] < values.shape[0]:
-            out, spare = np.empty(values.shape, STORED[dtype]), np.empty((2, *values.shape), np.uint32)
         if factors is not None:
             values *= factors if factors.shape[0] == 1 else factors[row : row + len(values)]
+        out = scratch.array("out", values.shape, STORED[dtype])
         try:
-            narrow(values, dtype, out[: len(values)], spare[:, : len(values)])
+            narrow(values, dtype, out, scratch.array("words", values.shape, np.uint32))
         except FloatingPointError:
             raise InputError(f"{name} has numbers too large for {dtype}; choose another --dtype") from None
-        yield out[: len(values)]
+        yield out
 
 
 def _sums(
-    descriptor: int, source: Entry, carried: Carried | None, dtype: str, left: Array | None, right: Array | None
+    descriptor: int,
+    source: Entry,
+    carried: Carried | None,
+    dtype: str,
+    left: Array | None,
+    right: Array | None,
+    scratch: Scratch,
 ) -> Iterator[tuple[int, Array]]:
     """Blocks of rows of the tensor, with what is added; each only until the next. The first row's number comes along.
 
@@ -117,25 +143,24 @@ def _sums(
         descriptor, source: where the tensor is read, unless `carried` takes its place.
         dtype: of the result.
         left, right: the matrices whose product is added; None for none.
+        scratch: memory to compute in.
     """
     stored = carried.dtype if carried else source.dtype
     wide = accumulator(dtype, stored, left is not None)
     rows = left.shape[0] if left is not None else source.shape[0] if source.shape else 1
     columns = int(np.prod(source.shape, dtype=np.int64)) // rows
     size = min(max(1, BLOCK // columns), rows)
-    raw, spare = np.empty((size, columns), STORED[stored]), np.empty((size, columns), np.uint32)
-    values, added = np.empty((size, columns), wide), np.empty((size if left is not None else 0, columns), wide)
     for row in range(0, rows, size):
-        n = min(size, rows - row)
+        shape = min(size, rows - row), columns
+        raw, values = scratch.array("raw", shape, STORED[stored]), scratch.array("values", shape, wide)
         if carried is None:
-            fill(descriptor, raw[:n], source.start + row * columns * raw.itemsize)
+            fill(descriptor, raw, source.start + row * columns * raw.itemsize)
         else:
-            raw[:n] = carried.read(row * columns, (row + n) * columns).reshape(n, columns)
-        widen(raw[:n], stored, values[:n], spare[:n])
+            raw[:] = carried.read(row * columns, (row + shape[0]) * columns).reshape(shape)
+        widen(raw, stored, values, scratch.array("words", shape, np.uint32))
         if left is not None and right is not None:
-            np.matmul(left[row : row + n], right, out=added[:n])
-            values[:n] += added[:n]
-        yield row, values[:n]
+            values += np.matmul(left[row : row + shape[0]], right, out=scratch.array("added", shape, wide))
+        yield row, values
 
 
 def _sides(what: Change) -> tuple[Array | None, Array | None]:

@@ -8,15 +8,17 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lorapack.core.adapter import Adapter
-from lorapack.core.names import head_classes
+from lorapack.core.names import MODEL_ID, head_classes
 from lorapack.data.prepare import Reader
 from lorapack.errors import InputError
+from lorapack.read.patterns import check_time
 from lorapack.write.form import peft_form
 
 Device = Literal["auto", "cuda", "cpu", "split"]
@@ -92,6 +94,7 @@ def load(
     source = base or adapter.base_model
     if not source:
         raise InputError("the adapter names no base model; name it with --base")
+    refuse_elsewhere(source)
     where = find_device(device)
     torch_dtype = _dtype(dtype, where)
     revision = adapter.config.get("revision") if base is None else None
@@ -143,16 +146,27 @@ def load(
     )
 
 
+def refuse_elsewhere(source: str) -> None:
+    """Refuse a base model that is neither a directory nor an id, such as a URL: no other library is asked for it.
+
+    Raises:
+        InputError: it is.
+    """
+    if not Path(source).exists() and not MODEL_ID.fullmatch(source):
+        raise InputError(f"the base model {source} does not exist; name it with --base")
+
+
 def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
     """PEFT's model of a base with the adapter on it, frozen, in eval mode; `source` is the base's name in messages.
 
     Raises:
-        InputError: the adapter does not fit.
+        InputError: the adapter does not fit, or a pattern of its configuration takes too long.
     """
     from peft import LoraConfig, PeftModel
     from peft.utils import set_peft_model_state_dict
 
     config, tensors = peft_form(adapter)
+    check_time(config, [name for name, _ in model.named_modules()])
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     settings = LoraConfig(**{k: v for k, v in config.items() if k in known and k not in ("peft_type", "auto_mapping")})
     with quiet():

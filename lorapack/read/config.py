@@ -94,6 +94,8 @@ def check_config(config: Mapping[str, Any], where: str, allowed: Collection[str]
             "not what this adapter was trained on; convert it with PEFT's path_initial_model_for_weight_conversion"
         )
     settings = parse_value(LoraSettings, config, where)
+    if "\0" in (settings.base_model_name_or_path or ""):
+        raise InputError(f"{where}: base_model_name_or_path has a zero byte in it")
     if settings.r < 1:
         raise InputError(f"{where}: r is {settings.r}, it must be 1 or more")
     for name, alphas in (

@@ -46,11 +46,12 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A JSON object, in a directory that somebody else may have made.
 
     Raises:
         InputError: as `read_text`, or not a JSON object.
     """
+    refuse_special(path)
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # a ValueError alone: a number of thousands of digits
@@ -61,6 +62,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not a JSON object")
     return value
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse a pipe or a device in the place of a file: reading it might never end.
+
+    Raises:
+        InputError: it is one.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} cannot be read: it is no regular file")
 
 
 def file_digests(directory: Path) -> dict[str, str]:
@@ -79,13 +90,16 @@ def file_digests(directory: Path) -> dict[str, str]:
 def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
     """All tensors of a safetensors file, on the CPU, and its metadata.
 
+    They are copies: the library's own lie in the file, and a file that is cut off later would end the process.
+
     Raises:
         InputError: says whether it is cut off, has no valid header, or is an LFS pointer.
     """
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(diagnose(path, error)) from None
 
@@ -94,9 +108,10 @@ def check_header(path: Path) -> None:
     """Refuse a safetensors header that is larger than a model's, before anything reads it.
 
     Raises:
-        InputError: it is.
+        InputError: it is, or it is no regular file.
         OSError: the file cannot be read.
     """
+    refuse_special(path)
     with open(path, "rb") as file:
         start = file.read(8)
     if len(start) == 8:
@@ -112,6 +127,10 @@ def diagnose(path: Path, error: Exception) -> str:
     """Why a safetensors file could not be read, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{path} cannot be read: {error.strerror}"
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return f"{path} has a name that is not UTF-8, which the safetensors library cannot open: rename it"
     try:
         with open(path, "rb") as file:
             start = file.read(32)
@@ -144,6 +163,7 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
     """
     import torch  # here: a merge of safetensors does without it
 
+    refuse_special(path)
     _refuse_compressed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

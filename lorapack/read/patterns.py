@@ -1,8 +1,12 @@
 """PEFT's patterns of module names: the first that matches the end of a name gives the module its rank or alpha."""
 
+import json
 import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import regex
 
@@ -10,6 +14,18 @@ from lorapack.errors import InputError
 
 LONGEST = 10_000  # characters of a pattern; a regular expression of every module's name has fewer
 SECONDS = 5.0  # for all the names of one adapter; a real configuration takes milliseconds
+# how PEFT matches the patterns of each field with a module's name
+FRAMES = {"target_modules": "^(…)$", "exclude_modules": "^(…)$"}
+FRAMES |= dict.fromkeys(("rank_pattern", "alpha_pattern"), r"(.*\.)?(…)$")
+FRAMES |= {"modules_to_save": r"(^|.*\.)…($|\..*)", "layers_pattern": r"(?:^|.*?\.)…\.(?P<idx>\d+)\."}
+_TRY = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for number, pattern in enumerate(patterns):
+    print(number, flush=True)
+    for name in names:
+        re.match(pattern, name)
+"""
 _LITERAL = re.compile(r"\^?(?:[\w-]|\\[.-])+")  # nothing but a name, as `re.escape` writes it
 
 
@@ -81,3 +97,43 @@ def first_match(patterns: Mapping[str, float], where: str) -> Callable[[str], fl
         return values[first] if first < len(values) else None
 
     return look_up
+
+
+def check_time(config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuse a configuration with a pattern that takes too long on these names.
+
+    PEFT matches with `re`, which knows no time limit, and may take for ever where `regex` does not: it is tried as it
+    is, in a process that can be ended.
+
+    Args:
+        config: `adapter_config.json`.
+        names: of the modules that PEFT will try it on.
+
+    Raises:
+        InputError: names the field and the pattern; also where it is no regular expression.
+    """
+    tried = [
+        (field, pattern, frame.replace("…", pattern))
+        for field, frame in FRAMES.items()
+        for pattern in _given(config, field)
+        if not _LITERAL.fullmatch(pattern)
+    ]
+    if not tried:
+        return
+    asked = json.dumps([[whole for *_, whole in tried], list(names)]).encode()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _TRY], input=asked, capture_output=True, timeout=SECONDS
+        )
+        if not done.returncode:
+            return
+        said, reason = done.stdout, "is no regular expression"
+    except subprocess.TimeoutExpired as late:
+        said, reason = late.stdout or b"", "takes too long on the names of the base model's modules"
+    field, pattern, _ = tried[max(0, len(said.split()) - 1)]
+    raise InputError(f"{field}: the pattern {pattern[:80]!r} {reason}")
+
+
+def _given(config: Mapping[str, Any], field: str) -> list[str]:
+    given = config.get(field) or ()
+    return [given] if isinstance(given, str) else [pattern for pattern in given if isinstance(pattern, str)]

@@ -58,7 +58,7 @@ class Settings:
     """
 
     steps: int = 100
-    objective: Objective = "kl"
+    objective: Objective = "both"
     learning_rate: float = 1e-3
     batch_size: int = 8
     rank_dropout: float = 0.0

@@ -1,20 +1,18 @@
 """The state of a recovery on disk, from which it can go on; tensors and JSON, no pickle."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorapack.errors import InputError, OutputError
+from lorapack.errors import InputError
 from lorapack.read.files import read_safetensors
+from lorapack.write.file import new_file
 
 KIND = "lorapack_recovery"
 
@@ -54,16 +52,8 @@ def save(state: State, path: Path, facts: Mapping[str, Any]) -> None:
         tensors["generator"] = state.generator
     header = {name: getattr(state, name) for name in ("curve", "step", "best", "waited", "cuts")}
     metadata = {KIND: json.dumps({"facts": facts, **header})}
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(descriptor)
-        try:
-            save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
-            Path(temporary).replace(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} cannot be written: {error}") from None
+    with new_file(path, overwrite=True) as temporary:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
 
 
 def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
@@ -91,7 +81,7 @@ def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
             generator=tensors.get("generator"),
             **{name: int(value) for name, value in header.items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no state of a recovery ({error!r})") from None
 
 

@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorapack.core.report import Report
+from lorapack.fleet.summary import Summary, totals
 from lorapack.report import view
 from lorapack.ship.gates import explained
 from lorapack.sweep import Point
@@ -55,6 +56,12 @@ def html(report: Report, sweep: Sequence[Point] = ()) -> str:
 def markdown(report: Report, sweep: Sequence[Point] = ()) -> str:
     """The same for a pull request or a job summary: tables, no drawings. Arguments as of `html`."""
     return _environment(autoescape=False).get_template("report.md").render(_given(report, sweep))
+
+
+def fleet_markdown(summary: Summary) -> str:
+    """The adapters of a fleet as a table."""
+    page = _environment(autoescape=False).get_template("fleet.md")
+    return page.render(summary=summary, totals=totals(summary.adapters))
 
 
 def _environment(autoescape: bool) -> Environment:

@@ -15,6 +15,7 @@ from lorapack.core.adapter import Adapter, digest
 from lorapack.core.report import Report, from_json, to_json
 from lorapack.errors import InputError
 from lorapack.hub import is_hub_id
+from lorapack.merge.base import refuse_foreign
 from lorapack.read.adapter import read_adapter
 from lorapack.read.files import CARD, CONFIG, REPORT, SAFETENSORS, file_digests, read_json, read_text
 from lorapack.write.adapter import put_adapter
@@ -86,13 +87,14 @@ def packed(directory: str | Path, repo: str, form: Format = "compact", base: str
 
     Raises:
         InputError: the adapter does not read, the report is missing or not for these bytes, or the base
-            model is no Hub id.
+            model is no Hub id; or the card is a link to somewhere else.
     """
     directory = Path(directory)
     adapter = read_adapter(directory)
     report = _report(directory, adapter)
     base = _base(base, adapter, report)
     report = replace(report, base_model=base)
+    refuse_foreign(directory / CARD)
     card = read_text(directory / CARD) if (directory / CARD).exists() else ""
     with tempfile.TemporaryDirectory(prefix="lorapack-push-") as place:
         parcel = Path(place)
@@ -101,7 +103,7 @@ def packed(directory: str | Path, repo: str, form: Format = "compact", base: str
             put_adapter(adapter, parcel, expand=True)
         else:
             _copy(directory, parcel, base)
-        (parcel / REPORT).write_text(to_json(replace(report, files=file_digests(parcel))))
+        (parcel / REPORT).write_text(to_json(replace(report, files=file_digests(parcel))), encoding="utf-8")
         items = {path.name: item(path) for path in sorted(parcel.iterdir())}
         yield Parcel(
             parcel,
@@ -122,7 +124,7 @@ def _copy(directory: Path, parcel: Path, base: str) -> None:
     config = read_json(parcel / CONFIG)
     if config.get("base_model_name_or_path") != base:
         config["base_model_name_or_path"] = base
-        (parcel / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (parcel / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _report(directory: Path, adapter: Adapter) -> Report:

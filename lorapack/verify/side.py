@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lorapack.core.names import head_classes
 from lorapack.errors import InputError
-from lorapack.model.load import Device, DType, find_device, quiet
+from lorapack.model.load import Device, DType, find_device, quiet, refuse_elsewhere
 from lorapack.read.adapter import read_tensors
 from lorapack.read.files import CONFIG, read_json
+from lorapack.read.patterns import check_time
 
 MODEL_CONFIG = "config.json"
 # for other tasks, and where an adapter names none, the model's own class (`architectures`) is taken
@@ -81,7 +82,7 @@ def find(directory: str | Path, base: str | Path | None) -> Place:
     """Say what a directory is.
 
     Raises:
-        InputError: neither an adapter nor a model, or an adapter without a base.
+        InputError: neither an adapter nor a model, or an adapter without a base that can be looked for.
     """
     path = Path(directory)
     if (path / CONFIG).is_file():
@@ -89,6 +90,7 @@ def find(directory: str | Path, base: str | Path | None) -> Place:
         source = base or config.get("base_model_name_or_path")
         if not source:
             raise InputError(f"{path} names no base model; name it with --base")
+        refuse_elsewhere(str(source))
         return Place(path, str(source), config.get("revision") if base is None else None, config.get("task_type"), True)
     if (path / MODEL_CONFIG).is_file():
         return Place(path, str(path))
@@ -145,10 +147,11 @@ def _attached(model: Any, place: Place) -> Any:
     """PEFT's own way from the directory to the model (it knows the compact format, as lorapack is imported).
 
     Raises:
-        InputError: a tensor is lacking or left over.
+        InputError: a tensor is lacking or left over, or a pattern takes too long.
     """
     from peft import PeftModel
 
+    check_time(read_json(place.directory / CONFIG), [name for name, _ in model.named_modules()])
     found = PeftModel.from_pretrained(model, place.directory)
     loaded = found.load_adapter(place.directory, "default")  # again: only this call says what it did not find
     if loaded.missing_keys:

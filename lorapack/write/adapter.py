@@ -47,8 +47,9 @@ def put_adapter(adapter: Adapter, directory: Path, *, report: Report | None = No
     put_files(directory, *(peft_form(adapter) if expand else compact_form(adapter)))
     if report is not None:
         report = replace(report, files=file_digests(directory))
-        (directory / REPORT).write_text(to_json(report))
-        (directory / CARD).write_text(card(adapter, report, expanded=expand))
+        (directory / REPORT).write_text(to_json(report), encoding="utf-8")
+        text = card(adapter, report, expanded=expand)
+        (directory / CARD).write_text(text, encoding="utf-8", errors="backslashreplace")
     _compare(adapter, read_adapter(directory), directory)
 
 
@@ -58,7 +59,7 @@ def put_files(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, 
     Raises:
         OutputError: they cannot be written.
     """
-    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (directory / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     path = directory / SAFETENSORS
     try:
         save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})

@@ -9,12 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lorapack.errors import OutputError
 from lorapack.read.files import CONFIG
 
 _MARK = ".lorapack-"  # .OUT.lorapack-XXXX beside OUT, with a lock file that dies with its process
 _LOCK = ".lock"
 _OLD = "old"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -39,31 +42,47 @@ def new_directory(
     refuse_overlap(out, *inputs)
     sweep(out)
     _refuse_existing(out, overwrite, mark)
+    with _parents(out), workplace(out) as work:
+        inside = work / "out"
+        try:
+            inside.mkdir(mode=0o777)
+            yield inside
+            for path in [*inside.rglob("*"), inside]:
+                flush(path)
+            _publish(inside, out, work / _OLD, overwrite, mark)
+        except (OSError, SafetensorError) as error:
+            if reason := refusal(error):
+                raise OutputError(f"{out} cannot be written: {reason}") from None
+            raise
+
+
+def refusal(error: OSError | SafetensorError) -> str | None:
+    """What the system said when something could not be written; None where the error is about something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.strerror if error.errno in _DISK else None
+    said = str(error)  # safetensors wraps the system's error in text; of numpy's `tofile` this is all that is known
+    if isinstance(error, SafetensorError):
+        return said if "I/O error" in said else None
+    return f"the disk took less than it was given ({said})" if "requested and" in said else None
+
+
+@contextlib.contextmanager
+def workplace(out: Path) -> Iterator[Path]:
+    """A directory beside `out` for what is to become it, locked, gone at the end.
+
+    Raises:
+        OutputError: it cannot be made; one line.
+    """
     work = lock = None
-    made: list[Path] = []
     try:
         try:
-            made = _parents(out)
-            work = Path(tempfile.mkdtemp(prefix=f".{out.name}{_MARK}", dir=out.parent))
-            lock = _locked(work)
-            inside = work / "out"
-            inside.mkdir(mode=0o777)
+            work, lock = _claimed(out)
         except OSError as error:
             raise OutputError(f"{out} cannot be made: {error.strerror}") from None
-        try:
-            yield inside
-            _flush(inside)
-            _publish(inside, out, work / _OLD, overwrite, mark)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-                raise OutputError(f"{out} cannot be written: {error.strerror}") from None
-            raise
+        yield work
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-        for parent in made:  # those that stayed empty
-            with contextlib.suppress(OSError):
-                parent.rmdir()
         if lock is not None:
             os.close(lock)
 
@@ -113,16 +132,40 @@ def _sweep_unlocked(left: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _parents(out: Path) -> list[Path]:
-    """Make the directories above `out`; the new ones, the deepest first."""
-    missing = [parent for parent in out.parents if not parent.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return missing
+@contextlib.contextmanager
+def _parents(out: Path) -> Iterator[None]:
+    """Make the directories above `out`; those of them that stay empty are removed at the end."""
+    try:
+        missing = [parent for parent in out.parents if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{out} cannot be made: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+
+def _claimed(out: Path) -> tuple[Path, int]:
+    """A new directory beside `out`, and its lock; another one where a sweep took it before it was locked."""
+    while True:
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}{_MARK}", dir=out.parent))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):
+            lock = _locked(work)
+            if os.fstat(lock).st_nlink:
+                return work, lock
+            os.close(lock)
 
 
 def _locked(work: Path) -> int:
     descriptor = os.open(work / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
     return descriptor
 
 
@@ -137,19 +180,23 @@ def _refuse_existing(out: Path, overwrite: bool, mark: str) -> None:
             raise OutputError(f"{out} holds no {mark}: --overwrite replaces {only} only, choose another output")
 
 
-def _flush(directory: Path) -> None:
-    for path in [*directory.rglob("*"), directory]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def flush(path: Path) -> None:
+    """Bring a file, or a directory's names, to the disk.
+
+    Raises:
+        OSError: the disk did not take it.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _publish(inside: Path, out: Path, old: Path, overwrite: bool, mark: str) -> None:
     _refuse_existing(out, overwrite, mark)  # again: another run may have been faster
     try:
-        if out.exists():
+        if overwrite and out.exists():
             out.rename(old)
         inside.rename(out)
     except OSError as error:
@@ -158,11 +205,7 @@ def _publish(inside: Path, out: Path, old: Path, overwrite: bool, mark: str) -> 
         raise
     finally:
         _give_back(old, out)
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    flush(out.parent)
 
 
 def _give_back(old: Path, out: Path) -> None:

@@ -1,0 +1,202 @@
+"""What measuring costs, beside the same passes without it: seconds of the processor and of the clock.
+
+    python benchmarks/measure.py --model DIR [--rows 16] [--length 256] [--runs 5] [-o benchmarks/results/measure.json]
+
+A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the committed figures), rows of the
+fixture's Tiny Shakespeare cut to the same length, the same batches for all. A run is the whole phase; the runs of all
+kinds alternate, and ratios are of runs that followed each other.
+
+- `output`: the forward moments; `body` is the same forward without hooks, `evaluation` the loop that one writes
+  without thinking, with the head for every token.
+- `loss`: the backward moments too; `backward` is the same forward and backward without the sums, `training` a plain
+  one with PEFT: the model's own loss, gradients of the factors.
+- `many output`, `many loss`: eight adapters of rank 8 in one pass of the base; `one output`, `one loss` are single
+  passes of one of them, as `output` and `loss` are.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics as stats
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lorapack.core.adapter import Adapter, Factors
+from lorapack.data.batches import Batch, batches
+from lorapack.data.encode import Encoded
+from lorapack.measure.moments import hooked, measure_moments, pull
+from lorapack.measure.on_base import measure_moments_on_base
+from lorapack.model.forward import inputs, run_body
+from lorapack.model.load import NAME, Loaded, load
+from lorapack.model.point import Placed, place, point
+from lorapack.read import read_adapter
+
+TEXT = Path(__file__).parents[1] / "fixtures" / "tinyshakespeare" / "train.txt"
+RANK, MANY, RANK_OF_MANY = 16, 8, 8
+
+
+def make_adapter(model: str, out: str) -> None:
+    """A random adapter of a size that changes the predictions, on all linear layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
+    made = get_peft_model(base, config)
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 0.05
+    made.save_pretrained(out)
+
+
+def of_rank(adapter: Adapter, rank: int, seed: int) -> Adapter:
+    """Another random adapter of the same modules."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(factors: Factors) -> Factors:
+        d_out, d_in = factors.shape
+        a, b = (torch.randn(*size, generator=generator) for size in ((rank, d_in), (d_out, rank)))
+        return Factors(a / d_in**0.5, b * 0.05)
+
+    return adapter.with_pool({name: drawn(f) for name, f in adapter.pool.items()}, dict(adapter.modules))
+
+
+def rows(loaded: Loaded, count: int, length: int) -> list[Encoded]:
+    """Tiny Shakespeare in rows of one length; everything is predicted."""
+    ids = loaded.reader.tokenizer(TEXT.read_text()[: 8 * count * length], truncation=False)["input_ids"]
+    assert len(ids) >= count * length
+    each = [tuple(ids[n * length : (n + 1) * length]) for n in range(count)]
+    return [Encoded(n, row, row) for n, row in enumerate(each)]
+
+
+def kinds(loaded: Loaded, adapter: Adapter, data: list[Batch]) -> dict[str, Callable[[], object]]:
+    """What is timed, by its name; each leaves the model as it found it."""
+    several = {str(n): of_rank(adapter, RANK_OF_MANY, n) for n in range(MANY)}
+    sixteen, eight = place(adapter, loaded.device), place(several["0"], loaded.device)
+    trainable = place(adapter, loaded.device, trainable=True)
+    modules = adapter.linear
+
+    def with_(placed: Placed, run: Callable[[], object]) -> Callable[[], object]:
+        def pointed() -> object:
+            point(loaded, placed)
+            return run()
+
+        return pointed
+
+    def body() -> None:
+        with torch.no_grad():
+            for batch in data:
+                run_body(loaded, batch)
+
+    def evaluation() -> None:
+        with torch.no_grad():
+            for batch in data:
+                loaded.base(**inputs(batch), labels=batch.labels, use_cache=False).loss.item()
+
+    def backward() -> None:
+        def start(_: object, __: object, h: torch.Tensor) -> None:
+            if not h.requires_grad:
+                h.requires_grad_()
+
+        with hooked({m: (loaded.layers[m].lora_A[NAME], start) for m in modules}):
+            for batch in data:
+                pull(loaded, batch)
+
+    def training() -> None:
+        for batch in data:
+            loaded.base(**inputs(batch), labels=batch.labels, use_cache=False).loss.backward()
+            for parameter in trainable.trained().values():
+                parameter.grad = None
+
+    found = {
+        "output": with_(sixteen, lambda: measure_moments(loaded, modules, data)),
+        "body": with_(sixteen, body),
+        "evaluation": with_(sixteen, evaluation),
+        "loss": with_(sixteen, lambda: measure_moments(loaded, modules, data, loss=True)),
+        "backward": with_(sixteen, backward),
+        "training": with_(trainable, training),
+    }
+    for what, loss in (("output", False), ("loss", True)):
+        found |= {
+            f"one {what}": with_(eight, lambda loss=loss: measure_moments(loaded, modules, data, loss=loss)),
+            f"many {what}": lambda loss=loss: measure_moments_on_base(loaded, several, data, loss=loss),
+        }
+    return found
+
+
+CLOCKS = ("cpu", "wall")
+RATIOS = (
+    ("output", "body"),
+    ("evaluation", "output"),
+    ("loss", "backward"),
+    ("loss", "training"),
+    ("many output", "one output"),
+    ("many loss", "one loss"),
+)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True, help="a Llama-like base model")
+    options.add_argument("--rows", type=int, default=16)
+    options.add_argument("--length", type=int, default=256, help="tokens a row")
+    options.add_argument("--batch-tokens", type=int, default=2048)
+    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument("--kinds", nargs="+", help="only these")
+    options.add_argument("-o", "--out", type=Path)
+    given = options.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as work:
+        make_adapter(given.model, work)
+        adapter = read_adapter(work)
+    loaded = load(adapter, given.model, device="cpu", dtype="float32")
+    data = batches(rows(loaded, given.rows, given.length), given.batch_tokens, loaded.pad)
+    timed = {k: run for k, run in kinds(loaded, adapter, data).items() if not given.kinds or k in given.kinds}
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in timed}
+    for n in range(given.runs + 1):
+        for kind, run in timed.items():
+            clock, cpu = time.perf_counter(), time.process_time()
+            run()
+            found = time.process_time() - cpu, time.perf_counter() - clock
+            if n:  # the first round warms up
+                seconds[kind].append(found)
+            print(n, kind, *(f"{s:.2f}" for s in found), flush=True)
+    libraries = ("torch", "transformers", "peft")
+    result = {
+        "what": f"{Path(given.model).name}, {given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
+        f"float32, rank {RANK} on {len(adapter.linear)} linear layers; {MANY} of rank {RANK_OF_MANY} in one pass",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "runs": given.runs,
+        "seconds": {
+            kind: {"cpu": spread([c for c, _ in s]), "wall": spread([w for _, w in s])} for kind, s in seconds.items()
+        },
+        "ratios": {
+            f"{one} / {other}": {
+                clock: spread([a[place] / b[place] for a, b in zip(seconds[one], seconds[other], strict=True)])
+                for place, clock in enumerate(CLOCKS)
+            }
+            for one, other in RATIOS
+            if one in seconds and other in seconds
+        },
+    }
+    print(json.dumps(result, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": stats.median(values), "min": min(values), "max": max(values)}
+
+
+if __name__ == "__main__":
+    main()
