@@ -147,7 +147,7 @@ torch.set_num_threads(1)
 adapter_path, base, data, spare = sys.argv[1:]
 adapter = read_adapter(adapter_path)
 loaded = load(adapter, base, device="cpu")
-rows = prepare(loaded.reader, data, sample="24", seed=0, most_recovery=0).calibration
+rows = prepare(loaded.reader, data, sample="12", seed=0, most_recovery=0).calibration
 
 def trace(tokens):
     found = measure_moments(loaded, adapter.linear, batches(rows, tokens, loaded.pad), loss=True)
@@ -162,7 +162,7 @@ trace(100_000)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, by /proc")
 def test_a_process_with_a_limit_goes_on_with_less():
-    """Two dozen rows in one batch want several hundred megabytes more than 512 tokens do, and there are sixty."""
+    """A dozen rows in one batch want several hundred megabytes more than 512 tokens do, and there are sixty."""
     command = [sys.executable, "-c", LIMITED, str(ADAPTER), str(BASE), str(CALIBRATION), str(60 * 2**20)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -30,7 +30,7 @@ def tell_memory(adapter: Adapter, settings: Mapping[str, Any], as_json: bool) ->
         word = "fits" if needed <= found.free[place] else "does NOT fit"
         click.echo(f"{_name(place)}: {_megabytes(needed)} MB of {_megabytes(found.free[place])} MB free: {word}")
     if not found.fits:
-        click.echo("Smaller: --batch-tokens, --max-length, --checkpointing, --dtype bfloat16")
+        click.echo("Smaller: --batch-tokens, --max-length, --dtype bfloat16; --device split goes on with less")
 
 
 def _megabytes(count: int) -> str:
