@@ -31,7 +31,7 @@ def join() -> None:
         InputError: the others cannot be reached.
     """
     global _store
-    if _store is not None or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _store is not None or not _launched():
         return
     import torch
     from torch import distributed
@@ -71,7 +71,7 @@ def first() -> bool:
 def tells() -> bool:
     """Whether this process is the one that tells the user of an error: the first to ask, of all."""
     if _store is None:
-        return int(os.environ.get("RANK", "0")) == 0
+        return not _launched() or os.environ.get("RANK") == "0"
     return bool(_store.add("lorapack/told", 1) == 1)
 
 
@@ -173,6 +173,11 @@ def from_first(value: Item) -> Item:
         distributed.broadcast_object_list(found, src=0)
     decided: Item = found[0]
     return decided
+
+
+def _launched() -> bool:
+    size = os.environ.get("WORLD_SIZE", "")
+    return "RANK" in os.environ and size.isdecimal() and int(size) > 1
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from lorapack.core.statistics import to_tensors
 from lorapack.data.batches import batches
 from lorapack.errors import InputError
 from lorapack.evaluate.scores import FIELDS, score
+from lorapack.measure.gradients import measure_gradients
 from lorapack.measure.moments import measure_inputs, measure_moments
+from lorapack.measure.omega import learn_omega
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.recover import Settings, recover
@@ -96,6 +98,17 @@ def test_the_inputs_of_shared_layers_are_what_they_are_with_all_the_memory(case)
     plenty, little = both(case, inputs)
     for module, moment in plenty.items():
         torch.testing.assert_close(little[module], moment, rtol=1e-12, atol=1e-12 * float(moment.abs().max()))
+
+
+def test_gradients_and_omega_are_what_they_are_with_all_the_memory(case):
+    def learnt(loaded):
+        small = batches(case.rows, 48, loaded.pad)
+        gradients = measure_gradients(loaded, case.adapter, small)
+        omega, _ = learn_omega(loaded, case.adapter, small)
+        return [*(part for parts in gradients.values() for part in parts), *omega.values()]
+
+    for plenty, little in zip(*both(case, learnt), strict=True):
+        torch.testing.assert_close(little, plenty, rtol=1e-4, atol=1e-6 * float(plenty.abs().max()))
 
 
 def test_scores_are_what_they_are_with_all_the_memory(case):
