@@ -148,8 +148,8 @@ def _read(directory: Path, width: int) -> _Base:
     config = config.get("text_config") or config
     entries = dict(_entries(directory))
     vocabulary = int(config.get("vocab_size") or 1)
-    pairs = [entry.shape for entry in entries.values() if len(entry.shape) == 2]
-    layers = tuple((d_in, d_out) for d_out, d_in in pairs if vocabulary not in (d_in, d_out))
+    pairs = [_sides(entry) for entry in entries.values() if len(entry.shape) == 2]
+    layers = tuple(pair for pair in pairs if vocabulary not in pair and min(pair) > 1)
     if not layers:
         raise InputError(f"{directory}: its files hold no linear layer")
     hidden = int(config.get("hidden_size") or config.get("n_embd") or config.get("dim") or min(layers[0]))
@@ -163,6 +163,13 @@ def _entries(directory: Path) -> Iterable[tuple[str, Entry]]:
         raise InputError(f"{directory} has no .safetensors file, whose header tells sizes; a plan needs one")
     for shard in shards:
         yield from read_shard(shard).entries.items()
+
+
+def _sides(entry: Entry) -> tuple[int, int]:
+    """Of a weight matrix; packed, with two 4-bit numbers a byte in one column, those of a square one."""
+    if entry.dtype == "U8" and entry.shape[1] == 1:
+        return (math.isqrt(2 * entry.shape[0]),) * 2
+    return entry.shape[0], entry.shape[1]
 
 
 def _bytes(entry: Entry, width: int) -> int:

@@ -20,7 +20,7 @@ def test_the_base_is_counted_as_it_lies_in_memory(tmp_path):
     assert {step["base"] for step in found.steps.values()} == {in_memory}
     half = plan_memory(adapter, str(tmp_path / "base"), device="cpu", dtype="bfloat16")
     assert half.steps["measure"]["base"] == in_memory // 2
-    assert half.steps["measure"]["activations"] == found.steps["measure"]["activations"] // 2
+    assert half.steps["measure"]["activations"] == pytest.approx(found.steps["measure"]["activations"] / 2, rel=1e-3)
 
 
 def test_a_base_of_140_gigabytes_is_planned_without_a_byte_of_it(tmp_path):

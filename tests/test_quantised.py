@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from lorapack.core.adapter import Factors
 from lorapack.core.statistics import to_tensors
 from lorapack.data.batches import batches
+from lorapack.footprint import plan_memory
 from lorapack.measure.moments import measure_moments
 from lorapack.model.load import load
 from lorapack.model.point import place, point
@@ -86,3 +87,10 @@ def test_a_recovery_learns_through_frozen_bits(case):
         assert not torch.equal(made.pool[name].A, pair.A) and not torch.equal(made.pool[name].B, pair.B), name
     after = bits(case.loaded)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_plan_of_the_memory_knows_packed_weights(case):
+    floats = plan_memory(case.adapter, case.plain.base_model, device="cpu").steps["measure"]
+    quantised = plan_memory(case.adapter, case.loaded.base_model, device="cpu").steps["measure"]
+    assert quantised["base"] < floats["base"]
+    assert quantised["activations"] == pytest.approx(floats["activations"], rel=0.1)
