@@ -7,8 +7,14 @@ pydantic takes as long as a tenth of a merge.
 import contextlib
 import json
 from collections.abc import Mapping
+<<<<<<< HEAD
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+=======
+from typing import Any, Literal, TypeVar
+
+import pydantic
+>>>>>>> faults
 
 from lorapack.errors import InputError
 
@@ -16,6 +22,8 @@ if TYPE_CHECKING:
     import pydantic
 
 Value = TypeVar("Value")
+MOST = 300_000  # entries of a file; each that is wrong takes some 400 bytes until all are looked at
+MOST_SHOWN = 1000
 
 
 def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
@@ -35,15 +43,19 @@ def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: Invalid JSON: {error}") from None
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(value, extra="forbid")
-    except pydantic.ValidationError as error:
-        raise InputError(f"{where}: {_explain(error)}") from None
+    return _validated(kind, value, "forbid", where)
 
 
 def parse_value(kind: type[Value], value: Mapping[str, Any], where: str) -> Value:
     """Like `parse` for JSON already read; fields that `kind` lacks are ignored."""
+    return _validated(kind, dict(value), "ignore", where)
+
+
+def _validated(kind: type[Value], value: Any, extra: Literal["forbid", "ignore"], where: str) -> Value:
+    if _entries(value) > MOST:
+        raise InputError(f"{where}: more than {MOST:,} entries, those of some 30,000 modules; nothing larger is read")
     try:
+<<<<<<< HEAD
         return _plain(kind, value)
     except (TypeError, OverflowError):
         pass
@@ -51,10 +63,14 @@ def parse_value(kind: type[Value], value: Mapping[str, Any], where: str) -> Valu
 
     try:
         return pydantic.TypeAdapter(kind).validate_python(dict(value), extra="ignore")
+=======
+        return pydantic.TypeAdapter(kind).validate_python(value, extra=extra)
+>>>>>>> faults
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
+<<<<<<< HEAD
 def _plain(kind: type[Value], value: Mapping[str, Any]) -> Value:
     """A dataclass of the plainest types from values of these types.
 
@@ -84,6 +100,22 @@ def _taken(value: Any, kind: Any) -> Any:
 
 
 def _explain(error: "pydantic.ValidationError") -> str:
+=======
+def _entries(value: Any) -> int:
+    """How many entries all lists and objects in a JSON value have together; counted until there are too many."""
+    count, left = 0, [value] if isinstance(value, (dict, list)) else []
+    while left and count <= MOST:
+        inner = left.pop()
+        items = list(inner.values()) if isinstance(inner, dict) else inner
+        count += len(items)
+        left += [item for item in items if isinstance(item, (dict, list))]
+    return count
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    if error.error_count() > MOST_SHOWN:  # the library would make a dictionary of each
+        return f"{error.error_count():,} fields are unknown or not as they should be: it is another file, or damaged"
+>>>>>>> faults
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part).replace("\n", " ") for part in first["loc"])
     return f"{path}: {first['msg']}" if path else str(first["msg"])

@@ -113,7 +113,7 @@ def measure_inputs(
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             y = weights.pick(module, given[0]) @ on_device[id(bases[module])].T
-            product = (y * weights.each(y)).T @ y
+            product = weights.weigh(y).T @ y
             sums[module] = product if module not in sums else sums[module] + product
 
         return forward
