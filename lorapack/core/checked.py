@@ -7,14 +7,8 @@ pydantic takes as long as a tenth of a merge.
 import contextlib
 import json
 from collections.abc import Mapping
-<<<<<<< HEAD
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
-=======
-from typing import Any, Literal, TypeVar
-
-import pydantic
->>>>>>> faults
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lorapack.errors import InputError
 
@@ -37,8 +31,6 @@ def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
     Raises:
         InputError: one line that names the field.
     """
-    import pydantic
-
     try:  # in two stages: pydantic's own would copy the whole text into every error
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -48,29 +40,23 @@ def parse(kind: type[Value], text: str | bytes, where: str) -> Value:
 
 def parse_value(kind: type[Value], value: Mapping[str, Any], where: str) -> Value:
     """Like `parse` for JSON already read; fields that `kind` lacks are ignored."""
-    return _validated(kind, dict(value), "ignore", where)
+    try:
+        return _plain(kind, value)
+    except (TypeError, OverflowError):
+        return _validated(kind, dict(value), "ignore", where)
 
 
 def _validated(kind: type[Value], value: Any, extra: Literal["forbid", "ignore"], where: str) -> Value:
     if _entries(value) > MOST:
         raise InputError(f"{where}: more than {MOST:,} entries, those of some 30,000 modules; nothing larger is read")
-    try:
-<<<<<<< HEAD
-        return _plain(kind, value)
-    except (TypeError, OverflowError):
-        pass
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(value), extra="ignore")
-=======
         return pydantic.TypeAdapter(kind).validate_python(value, extra=extra)
->>>>>>> faults
     except pydantic.ValidationError as error:
         raise InputError(f"{where}: {_explain(error)}") from None
 
 
-<<<<<<< HEAD
 def _plain(kind: type[Value], value: Mapping[str, Any]) -> Value:
     """A dataclass of the plainest types from values of these types.
 
@@ -99,8 +85,6 @@ def _taken(value: Any, kind: Any) -> Any:
     raise TypeError(f"not plainly {kind}")
 
 
-def _explain(error: "pydantic.ValidationError") -> str:
-=======
 def _entries(value: Any) -> int:
     """How many entries all lists and objects in a JSON value have together; counted until there are too many."""
     count, left = 0, [value] if isinstance(value, (dict, list)) else []
@@ -112,10 +96,9 @@ def _entries(value: Any) -> int:
     return count
 
 
-def _explain(error: pydantic.ValidationError) -> str:
+def _explain(error: "pydantic.ValidationError") -> str:
     if error.error_count() > MOST_SHOWN:  # the library would make a dictionary of each
         return f"{error.error_count():,} fields are unknown or not as they should be: it is another file, or damaged"
->>>>>>> faults
     first = error.errors(include_url=False)[0]
     path = ".".join(str(part).replace("\n", " ") for part in first["loc"])
     return f"{path}: {first['msg']}" if path else str(first["msg"])
