@@ -71,6 +71,13 @@ def test_the_page_of_the_command_line_is_what_the_commands_say():
     assert (ROOT / "docs" / "cli.md").read_text() == page, "run `make docs`"
 
 
+def test_the_tests_that_the_page_on_reliability_names_are_there():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 30
+    assert [name for name in named if f"def {name}(" not in tests] == []
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, BUDGETS, DEFAULT, FULL, HALF
+from arms import ARMS, BUDGETS, BYTE_BUDGETS, DEFAULT, FULL, HALF, bare, default_like, stored
 from record import read_json
 from tasks import ROOT, TASKS
 
 Entry = dict[str, Any]
 Triple = list[float]
 HIGH = 0.99  # where all arms keep more than that, nobody has to be ahead
-WANTED = {25.0: 0.995, 12.5: 0.99, 3.0: 0.97}  # of the gain, after recovery, on language tasks
+# of the gain, after recovery, on language tasks
+WANTED = {25.0: 0.995, 12.5: 0.99, 3.0: 0.97}  # by percent of the parameters
+WANTED_IN_BYTES = {1.0: 0.98, 0.5: 0.95}  # by percent of the bytes
 NEAR = -0.01  # accuracy to the full adapter, after recovery: the lower bound that is wanted on labelled tasks
 
 HEAD = """# The evidence
@@ -47,13 +49,13 @@ class Task:
         self.analyses = {
             int(p.stem.rsplit("-", 1)[1]): read_json(p) for p in sorted(folder.glob(f"{name}-[0-9]*.json"))
         }
-        self.steps = sorted({steps for arm, _, steps in self.figures if arm in self.arms})
+        self.steps = sorted({steps for arm, _, steps in self.figures if bare(arm) not in (FULL, HALF)})
 
     @property
     def arms(self) -> list[str]:
         tried = dict.fromkeys(e["arm"] for r in self.seeds.values() for e in r["figures"])
         named = [*ARMS, *(arm for arm in tried if arm not in ARMS)]
-        return [arm for arm in named if arm in tried and arm not in (FULL, HALF)]
+        return [arm for arm in named if arm in tried and bare(arm) not in (FULL, HALF)]
 
     def missing(self, arm: str, budget: float, steps: int) -> str:
         states = {
@@ -94,7 +96,8 @@ def points(found: Triple | None) -> str:
 
 
 def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[str]) -> str:
-    budgets = [b for b in BUDGETS if any((arm, b, steps) in task.figures for arm in arms)]
+    possible = BYTE_BUDGETS if any(map(stored, arms)) else BUDGETS
+    budgets = [b for b in possible if any((arm, b, steps) in task.figures for arm in arms)]
     rows = []
     for arm in arms:
         cells = [
@@ -119,8 +122,8 @@ def verdict(entry: Entry, best: float) -> str | None:
 def judged(tasks: Sequence[Task], steps: Callable[[int], bool]) -> Iterable[tuple[Task, Entry, str]]:
     for task in tasks:
         for (arm, budget, taken), entry in task.figures.items():
-            own = task.figures.get((DEFAULT, budget, taken))
-            if own is None or arm in (DEFAULT, FULL, HALF) or not steps(taken):
+            own = task.figures.get((default_like(arm), budget, taken))
+            if own is None or bare(arm) in (DEFAULT, FULL, HALF) or not steps(taken):
                 continue
             said = verdict(entry, (own["retained"] or [0])[0])
             if said:
@@ -158,12 +161,14 @@ def shortfalls(tasks: Sequence[Task]) -> str:
             )
     for task in tasks:
         for (arm, budget, steps), entry in task.figures.items():
-            if arm != DEFAULT or not steps:
+            if arm != best(task, arm, budget, steps):
                 continue
-            wanted = None if TASKS[task.name].labelled else WANTED.get(budget)
+            wanted = None if TASKS[task.name].labelled else (WANTED_IN_BYTES if stored(arm) else WANTED).get(budget)
             kept = entry["retained"]
             if wanted and kept and kept[0] < wanted:
-                lines.append(f"- {where(task, entry)}: {percent(kept[0])}% of the gain; wanted {percent(wanted)}%.")
+                lines.append(
+                    f"- {where(task, entry)}: `{arm}` keeps {percent(kept[0])}% of the gain; wanted {percent(wanted)}%."
+                )
             near = entry["accuracy_to_full"]
             if near and budget >= 12.5 and near[1] <= NEAR:
                 lines.append(f"- {where(task, entry)}: accuracy to the full adapter {points(near)}; wanted above −1.")
@@ -173,8 +178,23 @@ def shortfalls(tasks: Sequence[Task]) -> str:
     return title + ("\n".join(lines) + "\n" if lines else "Nowhere in these results.\n")
 
 
+def best(task: Task, arm: str, budget: float, steps: int) -> str | None:
+    """The default as it keeps the most at this size after recovery; None where `arm` is not the default recovered."""
+    if bare(arm) != DEFAULT or not steps:
+        return None
+    tried = {
+        a: (e["retained"] or [0])[0]
+        for (a, b, s), e in task.figures.items()
+        if bare(a) == DEFAULT and stored(a) == stored(arm) and b == budget and s
+    }
+    return max(tried, key=lambda a: tried[a])
+
+
 def where(task: Task, entry: Entry) -> str:
-    return f"{task.name} at {entry['budget']:g}%" + (f" after {entry['recovery']} steps" if entry["recovery"] else "")
+    of_bytes = " of the bytes" if stored(entry["arm"]) else ""
+    return f"{task.name} at {entry['budget']:g}%{of_bytes}" + (
+        f" after {entry['recovery']} steps" if entry["recovery"] else ""
+    )
 
 
 def section(task: Task) -> str:
@@ -193,13 +213,17 @@ def section(task: Task) -> str:
         text += f"Base → full adapter (base of seed {next(iter(task.seeds))}): {', '.join(each)}.\n"
     for steps in task.steps:
         text += f"\n### {f'With at most {steps} steps of recovery' if steps else 'Without recovery'}\n"
-        kept = grid(task, steps, lambda e: percent((e["retained"] or [None])[0]), task.arms)
+        arms, coded = ([a for a in task.arms if stored(a) is of_bytes] for of_bytes in (False, True))
+        cell = kept_cell if steps else lambda e: percent((e["retained"] or [None])[0])
+        kept = grid(task, steps, cell, arms)
         text += f"\nGain retained, %.\n\n{kept}" if kept else ""
+        kept = grid(task, steps, cell, coded)
+        text += f"\nGain retained, %, at so much of the original's *bytes*.\n\n{kept}" if kept else ""
         if any(e["default_better_by"] for e in task.figures.values()):
-            lead = grid(task, steps, lambda e: points(e["default_better_by"]), [a for a in task.arms if a != DEFAULT])
+            lead = grid(task, steps, lambda e: points(e["default_better_by"]), [a for a in arms if bare(a) != DEFAULT])
             text += f"\n`{DEFAULT}` better by, points of the gain.\n\n{lead}" if lead else ""
         if any(e["accuracy_to_full"] for e in task.figures.values()):
-            near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), task.arms)
+            near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""
     return text + controls(task)
 
@@ -207,7 +231,7 @@ def section(task: Task) -> str:
 def controls(task: Task) -> str:
     rows = []
     for (arm, budget, steps), entry in task.figures.items():
-        if arm in (FULL, HALF) and (steps or arm == HALF):
+        if bare(arm) in (FULL, HALF) and (steps or arm == HALF):
             name = arm + (f" + {steps} steps on the task's loss" if steps else "")
             metrics = ", ".join(f"{k} {v:.4g}" for k, v in entry["metrics"].items() if k in ("loss", "accuracy"))
             rows.append([name, f"{budget:g}%", kept_cell(entry), metrics, ", ".join(entry["from"])])

@@ -123,7 +123,7 @@ def measure_inputs(
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             x = weights.pick(module, given[0])
             y = x @ on_device[id(bases[module])].to(x.device).T
-            weights.totals.add(("inputs", module), (y * weights.each(y)).T @ y)
+            weights.totals.add(("inputs", module), weights.weigh(y).T @ y)
 
         return forward
 

@@ -54,11 +54,11 @@ class Weights:
         flat = values.flatten(0, 1)
         return (flat if self.at is None else flat.index_select(0, self.at.to(flat.device))).double()
 
-    def each(self, picked: Tensor) -> Tensor:
-        """The weight of each token of some picked values, (tokens, 1); 1 for the vector of a whole row."""
-        if len(picked) == self.shape[0]:
-            return torch.ones_like(picked[:, :1])
-        return self.values[:, None].to(picked.device)  # of a model that is split, this layer's
+    def weigh(self, picked: Tensor) -> Tensor:
+        """Some picked values times the weight of their token; the vector of a whole row weighs 1."""
+        if self.average == "token" or len(picked) == self.shape[0]:
+            return picked
+        return picked * self.values[:, None].to(picked.device)  # of a model that is split, this layer's
 
     def by_row(self, left: Tensor, right: Tensor) -> Tensor:
         """Each row's sum of ``left right^T`` over its tokens, (rows, m, n), of picked (tokens, m) and (tokens, n)."""
@@ -90,32 +90,28 @@ class Sums:
     def __init__(self, weights: Weights, factors: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> None:
         self.weights = weights
         self._ranks = {m: {name: len(a) for name, (a, _) in pairs.items()} for m, pairs in factors.items()}
-        self._inside = {
-            (m, name): (a.detach().double() @ a.detach().double().T, b.detach().double().T @ b.detach().double())
-            for m, pairs in factors.items()
-            for name, (a, b) in pairs.items()
-        }
+        self._factors = {(m, name): pair for m, pairs in factors.items() for name, pair in pairs.items()}
+        self._grams: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
     def forward(self, module: str, h: Tensor) -> None:
         """Add a batch's ``h = A x``, of the module's adapters side by side."""
         seen = self.weights.pick(module, h)
-        each = self.weights.each(seen)
-        for name, mine in self._split(module, seen):
-            self._add(module, name, "forward", (mine * each).T @ mine)
+        for name, hs in self._split(module, seen):
+            self._add(module, name, "forward", self.weights.weigh(hs).T @ hs)
 
     def backward(self, module: str, h: Tensor, u: Tensor) -> None:
         """Add what the batch's ``u = dloss/dh`` makes with its ``h``."""
         seen, found = self.weights.pick(module, h), self.weights.pick(module, u)
-        each, of_row = self.weights.each(seen), self.weights.of_row[:, :, None].to(seen.device)
+        weigh, of_row = self.weights.weigh, self.weights.of_row[:, :, None].to(seen.device)
         for (name, hs), (_, us) in zip(self._split(module, seen), self._split(module, found), strict=True):
-            inside_a, inside_b = (gram.to(seen.device) for gram in self._inside[module, name])
-            for part, left, right, weight in (
-                ("backward", us, us, each),
-                ("cross", us, hs, each),
-                ("token_forward", hs, hs, each * ((us @ inside_a) * us).sum(1, True)),
-                ("token_backward", us, us, each * ((hs @ inside_b) * hs).sum(1, True)),
+            inside_a, inside_b = (gram.to(seen.device) for gram in self._gram(module, name))
+            for part, left, right in (
+                ("backward", us, us),
+                ("cross", us, hs),
+                ("token_forward", hs * ((us @ inside_a) * us).sum(1, True), hs),
+                ("token_backward", us * ((hs @ inside_b) * hs).sum(1, True), us),
             ):
-                self._add(module, name, part, (left * weight).T @ right)
+                self._add(module, name, part, weigh(left).T @ right)
             rows = self.weights.by_row(us, hs)
             self._add(module, name, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
             self._add(module, name, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
@@ -143,6 +139,13 @@ class Sums:
             average=self.weights.average,
             provenance=dict(provenance),
         )
+
+    def _gram(self, module: str, name: str) -> tuple[Tensor, Tensor]:
+        """A A^T and B^T B."""
+        if (module, name) not in self._grams:
+            a, b = (factor.detach().double() for factor in self._factors[module, name])
+            self._grams[module, name] = a @ a.T, b.T @ b
+        return self._grams[module, name]
 
     def _split(self, module: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
         """The columns of each adapter, by its name."""
