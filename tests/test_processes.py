@@ -24,7 +24,7 @@ from lorapack.read.files import read_safetensors
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SHARED = {"base": str(BASE), "sample": "13", "batch_tokens": 256}
-STEPS = {"budget": "30%", "recover_steps": 4, "objective": "kl"}
+STEPS = {"budget": "30%", "recover_steps": 3, "objective": "kl"}
 
 
 def started(processes, *arguments):
@@ -47,7 +47,7 @@ def ours(stderr):
 def data(tmp_path_factory):
     """Rows of very different lengths, so that the batches are no multiple of the processes; to evaluate on, others."""
     path = tmp_path_factory.mktemp("data")
-    for source, name, count in ((CALIBRATION, "rows.jsonl", 40), (HELDOUT, "others.jsonl", 11)):
+    for source, name, count in ((CALIBRATION, "rows.jsonl", 30), (HELDOUT, "others.jsonl", 7)):
         texts = [json.loads(line)["text"] for line in source.read_text().splitlines()[:count]]
         rows = [{"text": text[: 60 + 17 * n]} for n, text in enumerate(texts)]
         (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
