@@ -32,6 +32,9 @@ OTHERS = {
     "--large": "of benchmarks/merge.py",
     "--runs": "of the benchmarks",
     "--step": "of benchmarks/full_disk.py",
+    "--standalone": "torchrun's",
+    "--nproc-per-node": "torchrun's",
+    "--multi": "accelerate's --multi_gpu",
 }
 
 

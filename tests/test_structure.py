@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
 CORE = {"errors", "core", "read", "plan", "pack", "engines", "convert", "write"}
 DATA = {"data"}
-MODEL = {"watch", "model", "measure", "recover", "evaluate", "verify"} | DATA
+MODEL = {"watch", "processes", "model", "measure", "recover", "evaluate", "verify"} | DATA
 CORE_LIBRARIES = {"gguf", "numpy", "pydantic", "regex", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

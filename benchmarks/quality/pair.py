@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import CLAIMS, DEFAULT, FULL
+from arms import CLAIMS, FULL, default_like
 from record import read_json, rounded, triple, write_json
 
 from lorapack.evaluate import metrics
@@ -128,7 +128,7 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
     found = [done[s][name] for s in have]
     first = found[0]
     full = f"{FULL} | 100% | 0 steps"
-    default = f"{DEFAULT} | {first['budget']:g}% | {first['recovery']} steps"
+    default = f"{default_like(first['arm'])} | {first['budget']:g}% | {first['recovery']} steps"
     both = [s for s in have if default in done[s] and default in tables[s]]
     labelled = "accuracy" in first["metrics"]
 

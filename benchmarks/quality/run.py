@@ -2,6 +2,7 @@
 
     python benchmarks/quality/run.py TASK SEED --data DIR --models DIR --adapters DIR
         [--budgets 50 25 ...] [--recovery 0 100] [--arms adaptive rank ...] [--again ARM ...]
+        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3] [--training-rows]
 
 Loads base and rows once, measures once; then plan, pack, recovery and the figures on the test rows. What
 RESULTS/TASK-SEED.json holds already is not run again, so it can be stopped and started at any time. The
@@ -17,25 +18,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from arms import ARMS, BUDGETS, FULL, HALF
+from arms import ARMS, BATCH, BUDGETS, FULL, HALF, Recipe, bare
 from pair import Table, pair, read_table, write_table
 from record import code, read_json, rounded, triple, write_json
 from setting import Setting, adapter_path, base_path, in_one_line, places, run_facts, scales, setting
 
 from lorapack.core.adapter import Adapter, digest, size
+from lorapack.core.codes import STORES
 from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
-from lorapack.job import best_plan, chosen_method, measure, packed
+from lorapack.job import best_plan, chosen_method, measure, packed, plan_budget
 from lorapack.model.load import load
 from lorapack.model.point import place
+from lorapack.pack.store import sides, store_adapter
 from lorapack.read import read_adapter
 from lorapack.recover import Settings, recover
 from lorapack.recover.refit import refit
 from lorapack.sweep import parse_method
 
-BATCH = 8  # rows a step of the recovery
 Entry = dict[str, Any]
 
 
@@ -44,13 +46,19 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--arms", nargs="+", default=list(ARMS), help="name:option=value,...; none: the controls alone")
     found.add_argument("--budgets", nargs="+", type=float, default=list(BUDGETS), help="percent")
     found.add_argument("--recovery", nargs="+", type=int, default=[0], help="steps; 0 is without")
+    found.add_argument("--store", choices=STORES, help="of the result; budgets are then percent of the bytes")
+    found.add_argument("--batch", type=int, default=BATCH, help="rows a step of the recovery")
+    found.add_argument("--objective", choices=("kl", "both"), default="both", help="of the recovery")
+    found.add_argument("--rate", type=float, help="learning rate of the recovery, instead of the task's own")
+    found.add_argument("--training-rows", action="store_true", help="recover on the adapter's own training rows too")
     found.add_argument("--again", nargs="+", default=[], help="arms to run again, because their method has changed")
     return found
 
 
 def main() -> None:
     given = options().parse_args()
-    here = setting(given, most_recovery=BATCH * max(given.recovery))
+    recipe = Recipe(given.store, given.batch, given.objective, given.rate, given.training_rows)
+    here = setting(given, most_recovery=recipe.batch * max(given.recovery), training_rows=recipe.training_rows)
     path = given.results / f"{given.task}-{given.seed}.json"
     result = opened(path, here.facts, given.again)
     scored = given.adapters / "scores" / f"{given.task}-{given.seed}.npz"
@@ -80,7 +88,7 @@ def main() -> None:
         table |= {"base": score_all(here, {"base": None})["base"]}
         keep(control(FULL, 0) | sizes(original, original), score_all(here, {FULL: original})[FULL])
     wanted = [
-        Entry(arm=arm, budget=budget, recovery=steps)
+        Entry(arm=recipe.named(arm), budget=budget, recovery=steps)
         for steps in given.recovery
         for budget in given.budgets
         for arm in given.arms
@@ -89,7 +97,7 @@ def main() -> None:
     usable, needs = [], set()
     for entry in wanted:
         try:
-            method, chosen = chosen_method(*parse_method(entry["arm"]))
+            method, chosen = chosen_method(*parse_method(bare(entry["arm"])))
             needs.add(method.needs(chosen))
             usable.append(entry)
         except InputError as error:
@@ -102,17 +110,17 @@ def main() -> None:
         made: dict[str, Adapter] = {}
         for entry in chunk:
             try:
-                made[key(entry)] = make(here, statistics, entry)
+                made[key(entry)] = make(here, statistics, entry, recipe)
             except InputError as error:
                 keep(entry | {"status": "no plan", "reason": in_one_line(error)})
         found = score_all(here, made)
         for entry in chunk:
             if key(entry) in made:
                 keep(entry, found[key(entry)])
-    for steps in given.recovery:
-        entry = control(FULL, steps)
+    for steps in given.recovery if not recipe.store else ():
+        entry = control(replace(recipe, objective="both").named(FULL), steps)
         if steps and key(entry) not in done:  # the task's loss: the distance to itself is nothing to learn from
-            smaller = recovered(here, original, entry, objective="task")
+            smaller = recovered(here, original, entry, recipe, objective="task")
             keep(entry | sizes(original, smaller), score_all(here, {FULL: smaller})[FULL])
     half = adapter_path(given.task, given.seed, given.adapters, half=True)
     entry = Entry(arm=HALF, budget=50.0, recovery=0)
@@ -155,29 +163,37 @@ def chunks(entries: list[Entry]) -> list[list[Entry]]:
     return list(found.values())
 
 
-def make(here: Setting, statistics: Statistics | None, entry: Entry) -> Adapter:
-    """Plan, pack, recover; what it came to is noted in the entry.
+def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Recipe) -> Adapter:
+    """Plan, pack, recover, store; what it came to is noted in the entry.
 
     Raises:
         InputError: the method has no plan at this budget.
     """
-    method, chosen = chosen_method(*parse_method(entry["arm"]))
+    method, chosen = chosen_method(*parse_method(bare(entry["arm"])))
     original = here.job.adapter
     started = time.time()
-    limit = int(size(original).parameters * entry["budget"] / 100)
-    plan = best_plan(here.job, statistics, method, limit, chosen)
+    limit = plan_budget(f"{entry['budget']}%", original, recipe.store)
+    plan = best_plan(replace(here.job, store=recipe.store), statistics, method, limit, chosen)
     smaller = packed(here.job, plan, statistics)
-    entry |= {"status": "done", **sizes(original, smaller), "pack_seconds": time.time() - started}
+    entry |= {"status": "done", "pack_seconds": time.time() - started}
     if entry["recovery"] and smaller.linear:
-        smaller = recovered(here, smaller, entry)
+        smaller = recovered(here, smaller, entry, recipe)
+    smaller = store_adapter(smaller, recipe.store, sides(original, statistics) if recipe.store else None)
+    entry |= sizes(original, smaller)
     return smaller
 
 
-def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adapter:
+def recovered(here: Setting, packed: Adapter, entry: Entry, recipe: Recipe, **more: Any) -> Adapter:
+    settings = Settings(
+        entry["recovery"],
+        learning_rate=recipe.rate or here.task.recovery_rate,
+        batch_size=recipe.batch,
+        **{"objective": recipe.objective, **more},
+    )
     started = time.time()
     loaded, original, data = here.job.loaded, here.job.adapter, here.job.prepared
     if packed is not original:  # as `compress` does it
-        packed, found = refit(loaded, original, packed, data.to_learn_from, data.selection)
+        packed, found = refit(loaded, original, packed, data.to_learn_from, data.selection, settings.objective)
         entry |= {"refit": found.kept}
     smaller, record = recover(
         loaded,
@@ -185,10 +201,11 @@ def recovered(here: Setting, packed: Adapter, entry: Entry, **more: Any) -> Adap
         packed,
         data.to_learn_from,
         data.selection,
-        Settings(entry["recovery"], learning_rate=here.task.recovery_rate, batch_size=BATCH, **more),
+        settings,
         seed=here.seed,
     )
-    entry |= {"steps": record.steps, "best": record.best, "recover_seconds": time.time() - started}
+    entry |= {"steps": record.steps, "best": record.best, "rows_to_learn_from": len(data.to_learn_from)}
+    entry |= {"recover_seconds": time.time() - started}
     return smaller
 
 
@@ -198,6 +215,7 @@ def sizes(original: Adapter, smaller: Adapter) -> Entry:
         "parameters": found.parameters,
         "scales": scales(smaller),
         "share": (found.parameters + scales(smaller)) / size(original).parameters,
+        "bytes": found.bytes / size(original).bytes,
         "digest": digest(smaller)[:16],
     }
 

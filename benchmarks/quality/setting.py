@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from record import machine, versions
 from tasks import FIXTURES, TASKS, Task, write_parts
 
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.data.encode import Encoded
-from lorapack.data.prepare import prepare
+from lorapack.data.encode import Encoded, encode
+from lorapack.data.prepare import prepare, usable_rows
 from lorapack.errors import InputError
 from lorapack.job import Job
 from lorapack.model.load import load
@@ -64,13 +64,16 @@ def base_path(name: str, models: Path) -> Path:
     return (FIXTURES if name == "stories260k" else models) / TASKS[name].model
 
 
-def setting(given: argparse.Namespace, most_recovery: int = 0, sample: str | None = None) -> Setting:
+def setting(
+    given: argparse.Namespace, most_recovery: int = 0, sample: str | None = None, training_rows: bool = False
+) -> Setting:
     """Load the base and the rows.
 
     Args:
         given: parsed `places`.
         most_recovery: rows to train on.
         sample: to calibrate on, instead of the task's own.
+        training_rows: of the adapter, to recover on beside those of the data part.
     """
     task, seed = TASKS[given.task], given.seed
     adapter = read_adapter(adapter_path(given.task, seed, given.adapters))
@@ -85,6 +88,10 @@ def setting(given: argparse.Namespace, most_recovery: int = 0, sample: str | Non
         seed=seed,
         most_recovery=most_recovery,
     )
+    if training_rows:
+        seen, _, _ = usable_rows(loaded.reader, str(files["train"]), None)
+        learnt = encode(seen, loaded.reader.tokenizer, loaded.reader.longest, loaded.reader.label_ids)
+        prepared = replace(prepared, recovery=[*prepared.recovery, *learnt])
     test = sorted(prepared.evaluation, key=lambda r: r.row)[: given.tested]
     facts = {
         "task": given.task,

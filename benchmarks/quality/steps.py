@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from arms import BATCH
 from record import ROOT, code, read_json, rounded, write_json
-from run import BATCH
 from setting import Setting, places, run_facts, setting
 
 from lorapack.core.adapter import Adapter, size

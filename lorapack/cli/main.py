@@ -1,5 +1,6 @@
 """The group of commands, and how their errors reach the user."""
 
+import gc
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ from lorapack.cli.say import nobody_reads, plain, spell_out_letters
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
+from lorapack.processes import join, tells
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
 HELP = ["-h", "--help"]
@@ -47,6 +49,7 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
     if ctx.invoked_subcommand == config_group.name or set(HELP) & set(sys.argv):  # they work beside a bad file too
         return
+    join()
     found = find_config(config)
     if found is not None:
         ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
@@ -86,7 +89,9 @@ def main() -> None:
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     spell_out_letters()
-    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug, _heed_signals()))
+    code = _run(lambda: cli.main(standalone_mode=False), debug, _heed_signals())
+    gc.freeze()  # the process ends: nothing is gained by looking for cycles in all that was imported
+    sys.exit(code)
 
 
 def _heed_signals() -> Sequence[signal.Signals]:
@@ -152,5 +157,6 @@ def _ended(by: signal.Signals) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    click.echo(f"lorapack: {plain(message)}", err=True)
+    if tells():
+        click.echo(f"lorapack: {plain(message)}", err=True)
     return code
