@@ -1,6 +1,6 @@
 """What a refused file takes: every reader of tests/readers.py with every bomb of its kind (tests/bombs.py).
 
-    python benchmarks/hostile.py [--out FILE]
+    python benchmarks/hostile.py READER…|all [--out FILE]
 
 Each is read in a process of its own, forked after a good file was read; peak memory is what it took beyond that, by
 /proc. Prints for each reader the most, and the file that took it: it must refuse them, or read them as what they are
@@ -68,6 +68,7 @@ def trial(reader: Any, data: bytes) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("readers", nargs="+", metavar="READER")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     from bombs import HEADERS, TEXTS
@@ -75,7 +76,8 @@ def main() -> None:
 
     bombs = {name: make() for name, make in (HEADERS | TEXTS).items()} | {"a NaN at the end": great()}
     table = []
-    for name, reader in READERS.items():
+    for name in READERS if given.readers == ["all"] else given.readers:
+        reader = READERS[name]
         of_tensors = reader.good[8:9] == b"{"
         fitting = {n: d for n, d in bombs.items() if (n in TEXTS) != of_tensors}
         found = {bomb: trial(reader, data) for bomb, data in fitting.items()}

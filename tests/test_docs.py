@@ -31,6 +31,7 @@ OTHERS = {
     "--lora": "llama.cpp's",
     "--large": "of benchmarks/merge.py",
     "--runs": "of the benchmarks",
+    "--step": "of benchmarks/full_disk.py",
     "--standalone": "torchrun's",
     "--nproc-per-node": "torchrun's",
     "--multi": "accelerate's --multi_gpu",

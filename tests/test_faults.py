@@ -371,6 +371,6 @@ def test_a_push_without_room_for_its_copy_is_one_line(tmp_path, capsys, monkeypa
 
 
 def test_a_signal_at_any_moment_leaves_a_whole_output_or_none():
-    done = run_benchmark("signals.py", "merge", "convert to GGUF", "plan", "2")
+    done = run_benchmark("signals.py", "merge", "convert to GGUF", "plan", "1")
     for line in done.stdout.splitlines():
         assert json.loads(line)["faults"] == []

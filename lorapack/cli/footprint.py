@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
+from lorapack.cli.say import say
 from lorapack.cli.show import console, table
 from lorapack.core.adapter import Adapter
 from lorapack.footprint import plan_memory, to_json
@@ -17,7 +16,7 @@ def tell_memory(adapter: Adapter, settings: Mapping[str, Any], as_json: bool) ->
     """Print what the run with these settings will need."""
     found = plan_memory(adapter, settings["base"], **{name: settings[name] for name in ASKED})
     if as_json:
-        click.echo(json.dumps(to_json(found), indent=1))
+        say(json.dumps(to_json(found), indent=1))
         return
     parts = list(dict.fromkeys(part for step in found.steps.values() for part in step))
     rows = table(f"Memory on the {_name(found.device)}, MB at the peak of each step", "", *found.steps)
@@ -28,9 +27,9 @@ def tell_memory(adapter: Adapter, settings: Mapping[str, Any], as_json: bool) ->
     needs = {found.device: found.peak} | ({"cpu": found.host} if found.host else {})
     for place, needed in needs.items():
         word = "fits" if needed <= found.free[place] else "does NOT fit"
-        click.echo(f"{_name(place)}: {_megabytes(needed)} MB of {_megabytes(found.free[place])} MB free: {word}")
+        say(f"{_name(place)}: {_megabytes(needed)} MB of {_megabytes(found.free[place])} MB free: {word}")
     if not found.fits:
-        click.echo("Smaller: --batch-tokens, --max-length, --dtype bfloat16; --device split goes on with less")
+        say("Smaller: --batch-tokens, --max-length, --dtype bfloat16; --device split goes on with less")
 
 
 def _megabytes(count: int) -> str:
