@@ -26,12 +26,11 @@ Made by `benchmarks/quality/page.py` from the results in `benchmarks/quality/res
 make the results: [benchmarks/quality/README.md](../benchmarks/quality/README.md).
 
 *Gain retained* is (base − compressed) / (base − full adapter) in loss on test rows that nothing else has seen
-([data.md](data.md)); 100% is the full adapter, 0% the base with the adapter's low-rank updates off and its head on. A recovery
-that learns from labels too can come above 100%; `kl objective` marks one that does not.
-Figures are means over the training seeds. Intervals are 95% bootstrap over the test rows, the same drawings for both
-sides of a difference and for all seeds: they say what other test rows would change, not what other training seeds
-would. Sizes count the factors and one number for every layer that points to shared ones. `–` is no plan at that size,
-`·` not run or not there.
+([data.md](data.md)); 100% is the full adapter, 0% the base with the adapter's low-rank updates off and its head on. A
+recovery that learns from labels too can come above 100%; `kl objective` marks one that does not. Figures are means over
+the training seeds. Intervals are 95% bootstrap over the test rows, the same drawings for both sides of a difference and
+for all seeds: they say what other test rows would change, not what other training seeds would. Sizes count the factors
+and one number for every layer that points to shared ones. `–` is no plan at that size, `·` not run or not there.
 """
 
 
@@ -178,8 +177,8 @@ def shortfalls(tasks: Sequence[Task]) -> str:
             if near and budget >= 12.5 and near[1] <= NEAR:
                 lines.append(f"- {where(task, entry)}: accuracy to the full adapter {points(near)}; wanted above −1.")
     title = (
-        "\n## Where it does not hold\n\nOf the ways to recover that were tried the best stands first, and the others behind "
-        "it. It was chosen by these very rows, so its figure is a little too good.\n\n"
+        "\n## Where it does not hold\n\nOf the ways to recover that were tried the best stands first, and the others "
+        "behind it. It was chosen by these very rows, so its figure is a little too good.\n\n"
     )
     if not any(arm == DEFAULT for task in tasks for arm, _, _ in task.figures):
         return ""
