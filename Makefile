@@ -40,7 +40,7 @@ llama: $(VENV)/ready-dev
 		--directory $(LLAMA)/llama.cpp --wildcards '*/vendor/llama.cpp/conver*' '*/vendor/llama.cpp/gguf-py/*'
 	$(BIN)/python -m pytest --quiet tests/engines/test_llama_cpp.py
 
-# A hundred adapters on a Ray cluster of two nodes whose workers are killed; Ray (0.1 GB) is put beside the environment, not into it.
+# A hundred adapters on a Ray cluster of two nodes whose workers are killed; Ray (0.3 GB) is put beside the environment, not into it.
 ray: $(VENV)/ready-dev
 	$(PIP) --upgrade --target $(RAY) 'ray>=2.40'
 	PYTHONPATH=$(RAY):$(CURDIR) $(BIN)/python -m pytest --quiet -rP tests/test_fleet_on_ray.py

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -86,6 +87,8 @@ def start(command: Sequence[str], place: Path, said: int) -> int:
         return pid
     code = 98
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it,
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what runs under `nohup` this
         os.chdir(place)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(said, 2)

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,15 @@ def trial(command: Sequence[str], mount: Path, size: int) -> dict[str, Any]:
 
 
 def is_fault(found: dict[str, Any]) -> bool:
-    """Whether a trial ended otherwise than it should: done, or refused in one line with nothing left."""
-    if found["code"] == 0:
-        return any(".lorapack-" in name for name in found["left"])
+    """Whether a trial ended otherwise than it should: done, or refused in one line with nothing left.
+
+    A recovery's state is a whole one, from which it goes on.
+    """
+    if found["code"] == 0 or found["size"] == PLENTY:
+        return found["code"] != 0 or any(".lorapack-" in name for name in found["left"])
     lines = found["said"].strip().splitlines()
     one = len(lines) == 1 and lines[0].startswith("lorapack: ") and "fault" not in lines[0]
-    return found["code"] != 2 or not one or bool(found["left"])
+    return found["code"] != 2 or not one or not set(found["left"]) <= {"state"}
 
 
 def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
@@ -61,6 +64,8 @@ def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
             command = [inputs.get(word, word) for word in COMMANDS[name]]
             roomy = trial(command, mount, PLENTY)
             print(json.dumps({"command": name, **roomy}), flush=True)
+            if roomy["code"]:
+                continue
             blocks = math.ceil(roomy["taken"] / BLOCK)
             for count in [round(blocks * part) for part in sizes] or itertools.count(1, step):
                 found = trial(command, mount, max(1, count) * BLOCK)
@@ -71,24 +76,15 @@ def inside(names: Sequence[str], step: int, sizes: Sequence[float]) -> None:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def trials(names: Sequence[str], step: int = 1, sizes: Sequence[float] = ()) -> list[dict[str, Any]]:
-    """Run the trials in a namespace.
-
-    Args:
-        names: of `COMMANDS`.
-        step: in blocks, from one disk to the next.
-        sizes: instead, only these shares of what the command takes.
-
-    Raises:
-        PermissionError: mounting is not allowed here.
-    """
-    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode:
-        raise PermissionError("mounting is not allowed here")
-    given = [*names, "--step", str(step), "--inside", *(f"--size={part}" for part in sizes)]
+def trials(names: Sequence[str], step: int) -> Iterator[dict[str, Any]]:
+    """The trials of `inside`, run in a namespace."""
+    given = [*names, "--step", str(step), "--inside"]
     command = ["unshare", "-rm", sys.executable, "-W", "ignore", __file__, *given]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        yield from map(json.loads, running.stdout)
+    if running.returncode:
+        sys.exit("the trials were broken off; is mounting allowed here?")
 
 
 def main() -> None:
@@ -104,11 +100,11 @@ def main() -> None:
         inside(names, given.step, given.size)
         return
     table = []
-    for name in names:
-        found = trials([name], given.step)
+    for name, of_name in itertools.groupby(trials(names, given.step), key=lambda each: each["command"]):
+        found = list(of_name)
         faults = [each for each in found if is_fault(each)]
         enough = min((each["size"] for each in found if each["code"] == 0 and each["size"] < PLENTY), default=None)
-        table.append({"command": name, "disks": len(found), "enough_bytes": enough, "faults": len(faults)})
+        table.append({"command": name, "disks": len(found) - 1, "enough_bytes": enough, "faults": len(faults)})
         print(json.dumps(table[-1]), *(f"\n  {each}" for each in faults[:3]), flush=True)
     if given.out:
         given.out.write_text(json.dumps({"block": BLOCK, "step": given.step, "commands": table}, indent=1) + "\n")

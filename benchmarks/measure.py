@@ -1,6 +1,6 @@
 """What measuring costs, beside the same passes without it: seconds of the processor and of the clock.
 
-    python benchmarks/measure.py --model DIR [--rows 16] [--length 256] [--runs 5] [-o benchmarks/results/measure.json]
+    python benchmarks/measure.py --model DIR [--rows 24] [--length 256] [--runs 3] [-o benchmarks/results/measure.json]
 
 A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the committed figures), rows of the
 fixture's Tiny Shakespeare cut to the same length, the same batches for all. A run is the whole phase; the runs of all
@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import platform
-import statistics as stats
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from recovery import RANK, make_adapter, spread
 
 from lorapack.core.adapter import Adapter, Factors
 from lorapack.data.batches import Batch, batches
@@ -38,23 +38,7 @@ from lorapack.model.point import Placed, place, point
 from lorapack.read import read_adapter
 
 TEXT = Path(__file__).parents[1] / "fixtures" / "tinyshakespeare" / "train.txt"
-RANK, MANY, RANK_OF_MANY = 16, 8, 8
-
-
-def make_adapter(model: str, out: str) -> None:
-    """A random adapter of a size that changes the predictions, on all linear layers."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
-    made = get_peft_model(base, config)
-    for name, parameter in made.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 0.05
-    made.save_pretrained(out)
+MANY, RANK_OF_MANY = 8, 8
 
 
 def of_rank(adapter: Adapter, rank: int, seed: int) -> Adapter:
@@ -146,10 +130,10 @@ RATIOS = (
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", required=True, help="a Llama-like base model")
-    options.add_argument("--rows", type=int, default=16)
+    options.add_argument("--rows", type=int, default=24)
     options.add_argument("--length", type=int, default=256, help="tokens a row")
-    options.add_argument("--batch-tokens", type=int, default=2048)
-    options.add_argument("--runs", type=int, default=5)
+    options.add_argument("--batch-tokens", type=int, default=4096)
+    options.add_argument("--runs", type=int, default=3)
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--kinds", nargs="+", help="only these")
     options.add_argument("-o", "--out", type=Path)
@@ -170,11 +154,12 @@ def main() -> None:
             if n:  # the first round warms up
                 seconds[kind].append(found)
             print(n, kind, *(f"{s:.2f}" for s in found), flush=True)
+    busy = " ".join(f"{value:.1f}" for value in os.getloadavg())
     libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"{Path(given.model).name}, {given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
         f"float32, rank {RANK} on {len(adapter.linear)} linear layers; {MANY} of rank {RANK_OF_MANY} in one pass",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads (load {busy})",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "runs": given.runs,
         "seconds": {
@@ -192,10 +177,6 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": stats.median(values), "min": min(values), "max": max(values)}
 
 
 if __name__ == "__main__":

@@ -117,13 +117,16 @@ def planned(job: Job, statistics: Statistics | None, method: str, budget: str) -
     return best_plan(job, statistics, chosen, plan_budget(budget, job.adapter), values)
 
 
-def likeness(one: Plan, other: Plan) -> dict[str, float]:
-    """Of the ranks of two plans: the rank correlation over the modules, and the share of the ranks in common."""
+def likeness(one: Plan, other: Plan) -> dict[str, float | None]:
+    """Of the ranks of two plans: the rank correlation over the modules, and the share of the ranks in common.
+
+    No correlation where one of them gives all modules the same.
+    """
     a, b = (np.array([choice.rank or 0 for choice in plan.choices]) for plan in (one, other))
     places = [np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values]) for values in (a, b)]
     flat = min(places[0].std(), places[1].std()) == 0
     return {
-        "rank_correlation": float("nan") if flat else round(float(np.corrcoef(*places)[0, 1]), 3),
+        "rank_correlation": None if flat else round(float(np.corrcoef(*places)[0, 1]), 3),
         "ranks_in_common": round(float(np.minimum(a, b).sum() / np.maximum(a.sum(), b.sum())), 3),
     }
 

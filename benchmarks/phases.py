@@ -132,11 +132,13 @@ def main() -> None:
         for step, found in runs[0]["steps"].items()
     }
     after = [sum(run["steps"][step]["seconds"] for step in ("plan", "pack", "write")) for run in runs]
+    busy = " ".join(f"{value:.1f}" for value in os.getloadavg())
     libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"random bfloat16 Llama of {given.shape} shape, rank {RANK} on {runs[0]['modules']} linear layers, "
         f"{given.rows} rows of {given.length} tokens, metric {given.metric}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads, {given.device}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads (load {busy})",
+        "device": given.device,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
         "runs": given.runs,
         "split": split,

@@ -124,6 +124,7 @@ def read_any(
             config = read_json(place / CONFIG)
             if is_mlx(config):
                 return "mlx", {ALONE: from_mlx(config, read_safetensors(place / TENSORS)[0], str(place))}
+            del config  # it is read again, and two of them may be large
             return "peft", {ALONE: read_adapter(place)}
         parts = {name: read_adapter(place / name) for name in COMPONENTS if (place / name / CONFIG).exists()}
         if parts:

@@ -24,6 +24,7 @@ from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, module_bases, pack_adapter
 from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT, METHODS, Method
+from lorapack.processes import from_first
 from lorapack.watch import Watch, unwatched
 
 UNITS: dict[str, float] = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
@@ -94,7 +95,7 @@ def packed(job: Job, plan: Plan, statistics: Statistics | None) -> Adapter:
         of_module = module_bases(job.adapter, plan, job.seed)
         calibration = job.batches(job.prepared.calibration, logits=False)
         inputs = measure_inputs(job.loaded, of_module, job.watch("measure shared", calibration), job.average)
-    return pack_adapter(job.adapter, plan, statistics, inputs, job.share_init, job.seed)
+    return from_first(pack_adapter(job.adapter, plan, statistics, inputs, job.share_init, job.seed))
 
 
 def scores(job: Job, rows: Sequence[Encoded], adapters: Mapping[str, Adapter | None], step: str) -> dict[str, Scores]:
@@ -233,7 +234,7 @@ def _tried(
     for option, values in method.tried.items():
         if option not in options:
             variants = [{**variant, option: value} for variant in variants for value in values]
-    plans = [method.run(job.adapter, statistics, budget, variant) for variant in variants]
+    plans = from_first([method.run(job.adapter, statistics, budget, variant) for variant in variants])
     plans = [
         plan
         for n, plan in enumerate(plans)

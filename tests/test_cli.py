@@ -314,7 +314,7 @@ BAD = {
     "a base without the module": (["--base", "{}/gpt2"], "no module"),
     "a base without tokenizer": (["--base", "{}/no tokenizer"], "cannot be loaded"),
     "a base that is cut off": (["--base", "{}/cut base"], "cannot be loaded"),
-    "a base that is not there": (["--base", "{}/nowhere"], "cannot be loaded"),
+    "a base that is not there": (["--base", "{}/nowhere"], "nowhere does not exist"),
     "an adapter that names no base": (["{}/names no base", "--base", ""], "--base"),
     "an adapter of another task": (["{}/other task"], "SEQ_2_SEQ_LM"),
     "no data": (["--data", "{}/nowhere.jsonl"], "nowhere.jsonl does not exist"),

@@ -1,18 +1,23 @@
 """An output directory appears whole or not at all, whatever happens and whenever."""
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support import ADAPTER, BASE, CALIBRATION, HELDOUT
 
 from lorapack.errors import OutputError
 from lorapack.write import new_directory
+from lorapack.write.file import new_file
 
 
 def names(directory):
@@ -296,27 +301,91 @@ def test_one_that_appears_after_the_last_look_is_left_as_it_is(tmp_path, monkeyp
     assert names(tmp_path) == ["out"]
 
 
+def codes_of_many(work):
+    """The exit codes of six processes that begin at once: 3 where `work` of its number was refused."""
+    start = Gate()
+
+    def begin(number):
+        os.close(start.write)
+        start.wait()
+        try:
+            work(number)
+        except OutputError:
+            return 3
+        return 0
+
+    pids = [child(lambda number=number: begin(number)) for number in range(6)]
+    os.close(start.write)  # the last one: now all of them start
+    codes = [code_of(pid) for pid in pids]
+    os.close(start.read)
+    return codes
+
+
 def test_of_many_at_once_exactly_one_wins(tmp_path):
     for attempt in range(12):
-        out, start = tmp_path / f"out{attempt}", Gate()
-
-        def work(number, out=out, start=start):
-            os.close(start.write)
-            start.wait()
-            try:
-                make(out, str(number))
-            except OutputError:
-                return 3
-            return 0
-
-        pids = [child(lambda number=number: work(number)) for number in range(6)]
-        os.close(start.write)  # the last one: now all of them start
-        codes = [code_of(pid) for pid in pids]
-        os.close(start.read)
-        winner = codes.index(0)
+        out = tmp_path / f"out{attempt}"
+        codes = codes_of_many(lambda number, out=out: make(out, str(number)))
+        winner = str(codes.index(0))
         assert sorted(codes) == [0, 3, 3, 3, 3, 3]
-        assert content(out) == (str(winner), str(winner))
+        assert content(out) == (winner, winner)
     assert names(tmp_path) == sorted(f"out{attempt}" for attempt in range(12))
+
+
+# A single file, made in the same way
+
+
+def test_a_file_that_a_killed_run_left_is_swept_by_the_next(tmp_path):
+    def work():
+        with new_file(tmp_path / "plan.json") as file:
+            save_file({"a": torch.ones(2)}, file)  # which makes files of its own beside it
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    assert code_of(child(work)) == -signal.SIGKILL
+    assert len(names(tmp_path)) == 1 and names(tmp_path)[0].startswith(".plan.json.lorapack-")
+    put(tmp_path / "plan.json", "new")
+    assert names(tmp_path) == ["plan.json"] and (tmp_path / "plan.json").read_text() == "new"
+
+
+def put(out, text):
+    with new_file(out) as file:
+        file.write_text(text)
+
+
+def test_of_many_files_at_once_exactly_one_wins(tmp_path):
+    for attempt in range(12):
+        out = tmp_path / f"file{attempt}"
+        codes = codes_of_many(lambda number, out=out: put(out, str(number)))
+        assert sorted(codes) == [0, 3, 3, 3, 3, 3]
+        assert out.read_text() == str(codes.index(0))
+    assert names(tmp_path) == sorted(f"file{attempt}" for attempt in range(12))
+
+
+def test_a_file_whose_writer_puts_another_in_its_place_keeps_the_umasks_mode(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with new_file(tmp_path / "file") as file:
+            save_file({"a": torch.ones(2)}, file)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    with new_file(tmp_path / "file", overwrite=True) as file:
+        file.write_text("over")
+    assert (tmp_path / "file").read_text() == "over"
+
+
+def test_a_directory_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    claimed, flock = [], fcntl.flock
+
+    def swept(descriptor, how):
+        if not claimed:  # as another run's sweep, which came between the two
+            claimed.append(next(tmp_path.iterdir()))
+            shutil.rmtree(claimed[0])
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", swept)
+    make(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and claimed
 
 
 # The real command, killed at random moments. One process imports everything and forks a child for each

@@ -31,6 +31,9 @@ OTHERS = {
     "--lora": "llama.cpp's",
     "--large": "of benchmarks/merge.py",
     "--runs": "of the benchmarks",
+    "--standalone": "torchrun's",
+    "--nproc-per-node": "torchrun's",
+    "--multi": "accelerate's --multi_gpu",
 }
 
 

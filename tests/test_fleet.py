@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import ADAPTER, BASE, CALIBRATION, bert, descendants, edit, llama, lora, perturbed, run
 
 from lorapack import InputError, compress_adapter, read_adapter
 from lorapack.core.report import Report, from_json
@@ -27,7 +28,6 @@ from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.exchange import exchange, layout
 from lorapack.model.load import load
 from lorapack.model.point import place, point
-from tests.support import ADAPTER, BASE, CALIBRATION, bert, descendants, edit, llama, lora, perturbed, run
 
 GOOD = 4
 SETTINGS = {
@@ -58,14 +58,16 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory, rows) -> Callable[..., list[str]]:
-    """The command for four good adapters, one that is cut off, one of another base and one without a configuration."""
+    """The command for good adapters and one each cut off, of another base, without a configuration, an evil one."""
     place = tmp_path_factory.mktemp("adapters")
     adapters = perturbed(place, GOOD)
     shutil.copytree(adapters[0], place / "cut-off")
     os.truncate(place / "cut-off" / "adapter_model.safetensors", 200_000)
     lora(llama(), place / "other-base", target_modules=["q_proj"])
     (place / "no-config").mkdir()
-    names = [path.name for path in adapters] + ["cut-off", "other-base", "no-config"]
+    shutil.copytree(adapters[0], place / "evil")
+    edit(place / "evil" / "adapter_config.json", task_type="\x1b[31m|\ud800\n# title")
+    names = [path.name for path in adapters] + ["cut-off", "other-base", "no-config", "evil"]
     listed = place / "list.txt"
     listed.write_text("# a list\n" + "".join(f"{place / name}\n\n" for name in names))
 
@@ -97,8 +99,13 @@ def test_a_bad_adapter_is_a_line_of_the_summary_and_the_others_are_made(undistur
     out, done = undisturbed
     assert done.returncode == 2, done.stderr
     rows = {row["name"]: row for row in json.loads((out / "fleet.json").read_text())["adapters"]}
-    assert [row["state"] for row in rows.values()] == ["done"] * GOOD + ["failed"] * 3
-    for name, said in (("cut-off", "cut off"), ("other-base", "in the base model"), ("no-config", "does not exist")):
+    assert [row["state"] for row in rows.values()] == ["done"] * GOOD + ["failed"] * 4
+    for name, said in (
+        ("cut-off", "cut off"),
+        ("other-base", "in the base model"),
+        ("no-config", "does not exist"),
+        ("evil", "task_type"),
+    ):
         assert said in rows[name]["problem"], rows[name]
         assert not (out / name).exists()
     for name in list(rows)[:GOOD]:
@@ -106,7 +113,8 @@ def test_a_bad_adapter_is_a_line_of_the_summary_and_the_others_are_made(undistur
         assert rows[name]["compressed"] == reported(out / name).adapter["compressed"]
         assert rows[name]["retained"]["low"] > 0.5
         assert name in (out / "fleet.md").read_text()
-    assert done.stderr.strip().splitlines()[-1].startswith("lorapack: 3 of 7 adapters failed, the first is cut-off: ")
+    assert "\x1b" not in (out / "fleet.md").read_text() and "\n# title" not in (out / "fleet.md").read_text()
+    assert done.stderr.strip().splitlines()[-1].startswith("lorapack: 4 of 8 adapters failed, the first is cut-off: ")
 
 
 def test_a_killed_worker_changes_nothing_in_the_summary(undisturbed, fleet, tmp_path):
@@ -276,7 +284,7 @@ def test_two_adapters_of_one_name_are_refused_before_anything_is_done(tmp_path):
     assert named(["owner/name"]) == [Task("owner--name", "owner/name")]
 
 
-@pytest.mark.parametrize("name", ["..", "../up", ".hidden", "a/b", "-o"])
+@pytest.mark.parametrize("name", ["..", "../up", ".hidden", "a/b", "-o", "fleet.json"])
 def test_a_name_that_would_lead_elsewhere_is_refused(name):
     with pytest.raises(InputError, match="cannot name a directory"):
         named([], [f"{name}\towner/adapter"])

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from support import BASE, CALIBRATION, descendants, perturbed, run
 
 from lorapack.core.report import from_json
 from lorapack.fleet.on_ray import NAME
-from tests.support import BASE, CALIBRATION, descendants, perturbed, run
 
 pytest.importorskip("ray", reason="Ray is not installed: `make ray` installs it")
 from ray.cluster_utils import Cluster

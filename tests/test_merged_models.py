@@ -213,6 +213,22 @@ def test_an_untied_model_keeps_its_index_and_the_other_end(tmp_path):
     assert model.config.tie_word_embeddings is False
 
 
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_another_embedding_below_a_lora_is_at_both_ends_of_a_tied_model(tmp_path, target):
+    """PEFT saves it with the adapter and loads it into the tensor that both ends are."""
+    gemma3().save_pretrained(tmp_path / "base")
+    adapter = moved(lora(gemma3(), tmp_path / "adapter", target_modules=["q_proj", target]))
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    below = [name for name in tensors if "base_layer" in name]
+    assert below
+    save_file(tensors | {n: tensors[n].flip(0).contiguous() for n in below}, file, metadata={"format": "pt"})
+    merge_adapter(adapter, tmp_path / "out", tmp_path / "base")
+    found = verify(adapter, tmp_path / "out", tmp_path / "base")
+    assert found.same, found.reasons
+    assert found.mean < 1e-4 * found.effect
+
+
 def test_experts_whose_place_is_not_certain_are_refused(tmp_path):
     mixtral().save_pretrained(tmp_path / "base")
     wrapped = get_peft_model(mixtral(), LoraConfig(r=4, init_lora_weights=False, **EXPERTS))

@@ -187,6 +187,20 @@ def test_every_command_takes_the_hub_id_of_what_was_pushed(hub, command, smaller
     assert torch.equal(logits(tmp_path / "plain"), logits(smaller))
 
 
+def test_the_report_that_is_sent_has_no_way_to_a_file(hub, command, directory):
+    file = directory / "report.json"
+    report = json.loads(file.read_text())
+    report["run"]["command"] = ["lorapack", "compress", "/alice/adapter", "--data", "~/rows.jsonl", "--budget", "50%"]
+    report["data"]["source"] = "/alice/rows.jsonl"
+    file.write_text(json.dumps(report))
+    done(command("push", directory, "somebody/ways"))
+    sent = json.loads(files(hub, "somebody/ways")["report.json"])
+    assert sent["run"]["command"] == ["lorapack", "compress", "adapter", "--data", "rows.jsonl", "--budget", "50%"]
+    assert sent["data"]["source"] == "rows.jsonl"
+    assert not any(b"alice" in content for content in files(hub, "somebody/ways").values())
+    assert "/alice/adapter" in file.read_text()
+
+
 HUBS_OWN = """
 import json, sys
 from huggingface_hub import HfApi, ModelCard, model_info, snapshot_download

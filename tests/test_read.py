@@ -7,15 +7,20 @@ import re
 import struct
 from pathlib import Path
 
+import pydantic
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import bert, edit, gpt2, llama, lora, refused, run
 from torch import nn
 
 from lorapack import InputError, read_adapter, write_adapter
+from lorapack.core.checked import parse_value
 from lorapack.hub import find_adapter
+from lorapack.read.config import LoraSettings
 
 PREFIX = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -497,3 +502,19 @@ def test_an_adapter_that_peft_just_made_reads_back_equal_to_the_model(tmp_path):
     assert [m for m in adapter.modules if re.search(r"q_proj", m)] == [
         f"model.layers.{n}.self_attn.q_proj" for n in range(4)
     ]
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=3)
+VALUES = LEAVES | st.lists(LEAVES, max_size=2) | st.dictionaries(st.text(max_size=2), LEAVES, max_size=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*LoraSettings.__dataclass_fields__, "other"]), VALUES, max_size=3))
+def test_settings_are_what_pydantic_makes_of_them(value):
+    try:
+        wanted = pydantic.TypeAdapter(LoraSettings).validate_python(value)
+    except pydantic.ValidationError:
+        with pytest.raises(InputError):
+            parse_value(LoraSettings, value, "here")
+    else:
+        assert repr(parse_value(LoraSettings, value, "here")) == repr(wanted)

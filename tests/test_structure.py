@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lorapack"
 CORE = {"errors", "core", "read", "plan", "pack", "engines", "convert", "write"}
 DATA = {"data"}
-MODEL = {"watch", "model", "measure", "recover", "evaluate", "verify"} | DATA
+MODEL = {"watch", "processes", "model", "measure", "recover", "evaluate", "verify"} | DATA
 CORE_LIBRARIES = {"gguf", "numpy", "pydantic", "regex", "safetensors", "torch"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -69,6 +69,13 @@ def test_reading_data_needs_no_model(path):
 def test_the_page_of_the_command_line_is_what_the_commands_say():
     page = runpy.run_path(str(ROOT / "docs" / "generate_cli.py"))["page"]()
     assert (ROOT / "docs" / "cli.md").read_text() == page, "run `make docs`"
+
+
+def test_the_tests_that_the_page_on_reliability_names_are_there():
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text())
+    assert len(named) > 30
+    assert [name for name in named if f"def {name}(" not in tests] == []
 
 
 def test_links_between_pages_lead_somewhere():

@@ -28,6 +28,7 @@ from lorapack.cli.say import say
 @options.MODEL
 @options.GATES
 @options.REVISION
+@click.option("--plan-memory", is_flag=True, help="Say how much memory it will need, and end; nothing is loaded.")
 @options.JSON
 def compress(
     adapter: str,
@@ -37,6 +38,7 @@ def compress(
     plan_file: str | None,
     statistics_file: str | None,
     revision: str | None,
+    plan_memory: bool,
     as_json: bool,
     method_options: dict[str, str],
     **settings: Any,
@@ -53,6 +55,7 @@ def compress(
       lorapack compress my-adapter --data calibration.jsonl -o smaller
       lorapack compress my-adapter --data calibration.jsonl -o smaller --min-retained 99%
     """
+    from contextlib import nullcontext
     from dataclasses import replace
     from pathlib import Path
 
@@ -62,14 +65,21 @@ def compress(
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.processes import first, others_leave
     from lorapack.read.files import REPORT
     from lorapack.ship.gates import judge
     from lorapack.write import new_directory, put_adapter
 
     gates, junit = take_gates(settings, quality=data is not None, without="--data")
     source = read_adapter(find_adapter(adapter, revision))
+    if plan_memory:
+        from lorapack.cli.footprint import tell_memory
+
+        tell_memory(source, settings, as_json)
+        return
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
-    with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path)) as directory:
+    place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path))
+    with place_for if first() else nullcontext(Path()) as directory:
         made = compress_adapter(
             source,
             data,
@@ -81,6 +91,7 @@ def compress(
             stop=on_signal,
             **settings,
         )
+        others_leave()
         told = judge(gates, made.report.after, made.report.quality)
         run = {**made.report.run, "command": options.spelled(click.get_current_context())}
         report = replace(made.report, gates=told, run=run)

@@ -34,6 +34,7 @@ def evaluate(
     from lorapack.core.adapter import size
     from lorapack.evaluate import evaluate_adapters
     from lorapack.hub import find_adapter, read_adapter
+    from lorapack.processes import others_leave
     from lorapack.ship.gates import judge
 
     gates, junit = take_gates(settings, quality=original is not None, without="--original")
@@ -44,6 +45,7 @@ def evaluate(
     quality, facts = evaluate_adapters(
         first, data, compressed=second, used=report.used_rows() if report else (), watch=watch, **settings
     )
+    others_leave()
     outcomes = judge(gates, size(found), quality)
     if as_json:
         said = {"quality": asdict(quality), "data": facts, "gates": [asdict(outcome) for outcome in outcomes]}

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from lorapack.cli import options
+from lorapack.cli.say import say
 
 SHOWN = 40  # rows on the terminal; of a larger fleet only those that went wrong
 
@@ -71,10 +72,9 @@ def fleet(
     from lorapack.cli.progress import watch
     from lorapack.errors import GateError, InputError
     from lorapack.fleet import compress_fleet
-    from lorapack.fleet.fleet import SUMMARY
     from lorapack.fleet.local import run_local
     from lorapack.fleet.on_ray import run_ray
-    from lorapack.fleet.task import named
+    from lorapack.fleet.task import SUMMARY, named
     from lorapack.read.files import read_text
 
     context = click.get_current_context()
@@ -84,28 +84,24 @@ def fleet(
     tasks = named(adapters, read_text(Path(listed)).splitlines() if listed else ())
     if not tasks:
         raise InputError("no adapter was given; name some, or a list with --adapters")
-    try:
-        summary = compress_fleet(
-            tasks,
-            out,
-            partial(run_ray, address=address) if address else partial(run_local, workers=workers),
-            data=data,
-            gates=gates,
-            command=options.spelled(context),
-            options=method_options,
-            watch=watch,
-            **settings,
-        )
-    except KeyboardInterrupt:
-        click.echo("lorapack: interrupted; what is finished stays, and the same command goes on from it", err=True)
-        raise click.exceptions.Exit(130) from None
+    summary = compress_fleet(
+        tasks,
+        out,
+        partial(run_ray, address=address) if address else partial(run_local, workers=workers),
+        data=data,
+        gates=gates,
+        command=options.spelled(context),
+        options=method_options,
+        watch=watch,
+        **settings,
+    )
     if as_json:
-        click.echo(Path(out, SUMMARY).read_text(), nl=False)
+        say(Path(out, SUMMARY).read_text(encoding="utf-8"), nl=False)
     else:
         from lorapack.cli.show import print_fleet
 
         print_fleet(summary, SHOWN)
-        click.echo(f"Wrote {out}")
+        say(f"Wrote {out}")
     failed, missed = summary.of_state("failed"), summary.of_state("gate missed")
     if failed:
         first = f"{failed[0].name}: {failed[0].problem}"

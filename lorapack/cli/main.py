@@ -1,9 +1,10 @@
 """The group of commands, and how their errors reach the user."""
 
+import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -32,6 +33,7 @@ from lorapack.cli.say import nobody_reads, plain, spell_out_letters
 from lorapack.cli.sweep import sweep
 from lorapack.cli.verify import verify
 from lorapack.errors import GateError, InputError
+from lorapack.processes import join, tells
 
 BAD_INPUT, GATE, INTERRUPTED, INTERNAL = 2, 3, 130, 1
 HELP = ["-h", "--help"]
@@ -47,6 +49,7 @@ def cli(ctx: click.Context, debug: bool, config: str | None) -> None:
     """Make a LoRA adapter smaller, and prove what it cost."""
     if ctx.invoked_subcommand == config_group.name or set(HELP) & set(sys.argv):  # they work beside a bad file too
         return
+    join()
     found = find_config(config)
     if found is not None:
         ctx.default_map = defaults(found, cli, methods_of=[str(ctx.invoked_subcommand)])
@@ -86,28 +89,38 @@ def main() -> None:
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     spell_out_letters()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores the second
-            signal.signal(number, _stop)
-    sys.exit(_run(lambda: cli.main(standalone_mode=False), debug))
+    code = _run(lambda: cli.main(standalone_mode=False), debug, _heed_signals())
+    gc.freeze()  # the process ends: nothing is gained by looking for cycles in all that was imported
+    sys.exit(code)
 
 
-def _stop(number: int, _: Any) -> None:
-    """End as Ctrl-C does, so that what is half written is removed."""
-    raise Stopped(number)
+def _heed_signals() -> Sequence[signal.Signals]:
+    """Let a signal end the run so that what is half written is removed; those that came are told by what it gives."""
+    came: list[signal.Signals] = []
+
+    def stop(number: int, _: Any) -> None:
+        """End the run so that what is half written is removed."""
+        came.append(signal.Signals(number))
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    for number, handler in usual.items():
+        if signal.getsignal(number) == handler:  # in the background the first is ignored, under `nohup` the last
+            signal.signal(number, stop)
+    return came
 
 
 class Stopped(BaseException):
-    """A signal that ends the run; its number is the first argument. Of KeyboardInterrupt click makes its own."""
+    """A signal that ends the run, by its number. Of KeyboardInterrupt click makes its own."""
 
 
-def _run(work: Callable[[], Any], debug: bool) -> int:
+def _run(work: Callable[[], Any], debug: bool, came: Sequence[signal.Signals]) -> int:
     try:
         return work() or 0
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except Stopped as stop:
-        return _say(f"ended by {signal.Signals(stop.args[0]).name}; {HALF}", 128 + int(stop.args[0]))
+        return _ended(signal.Signals(stop.args[0]))
     except (KeyboardInterrupt, click.Abort):
         return _say(f"interrupted; {HALF}", INTERRUPTED)
     except BrokenPipeError:  # help and click's own
@@ -121,12 +134,16 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
         hint = f" (see `{where.command_path} --help`)" if where else ""
         return _say(error.format_message().replace("\n", " ") + hint, BAD_INPUT)
     except InputError as error:
+        if came:  # it struck inside a library, which made an error of its own of it
+            return _ended(came[0])
         if debug:
             raise
         return _say(str(error).replace("\n", " "), BAD_INPUT)
     except GateError as missed:
         return _say(str(missed).replace("\n", " "), GATE)
     except Exception as error:
+        if came:
+            return _ended(came[0])
         if debug:
             raise
         if isinstance(error, OSError) and error.strerror:  # the system's no, such as a full disk behind `>`
@@ -135,6 +152,11 @@ def _run(work: Callable[[], Any], debug: bool) -> int:
         return _say(f"a fault in lorapack: {type(error).__name__}: {first} (--debug shows where)", INTERNAL)
 
 
+def _ended(by: signal.Signals) -> int:
+    return _say(f"ended by {by.name}; {HALF}", 128 + by)
+
+
 def _say(message: str, code: int) -> int:
-    click.echo(f"lorapack: {plain(message)}", err=True)
+    if tells():
+        click.echo(f"lorapack: {plain(message)}", err=True)
     return code

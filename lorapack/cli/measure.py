@@ -42,12 +42,14 @@ def measure(
     from lorapack.hub import read_adapter
     from lorapack.job import chosen_method
     from lorapack.measure import measure_adapter
+    from lorapack.processes import others_leave
     from lorapack.write.file import refuse_existing
 
     refuse_existing(out, overwrite, adapter, data, settings["base"])
     chosen, chosen_options = chosen_method(method, method_options)
     source = read_adapter(adapter, revision)
     statistics = measure_adapter(source, data, needs=chosen.needs(chosen_options), watch=watch, **settings)
+    others_leave()
     write_statistics(statistics, out, overwrite)
     norms = table("Output norms", "module", "E||s B A x||²")
     for module, norm in output_norms(source, statistics).items():

@@ -93,21 +93,27 @@ VERIFY = click.option(
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
 BASE = click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
-PLACE = together(
-    BASE,
-    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
-    click.option(
-        "--dtype",
-        type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-        default="auto",
-        show_default=True,
-        help="Of the base weights; auto: float32 on the CPU, the checkpoint's on a GPU.",
-    ),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
-)
-BASE = click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
+
+
+def _place(*more: str, about: str | None = None) -> Callable[[Command], Command]:
+    devices = click.Choice(["auto", "cuda", "cpu", *more])
+    return together(
+        BASE,
+        click.option("--device", type=devices, default="auto", show_default=True, help=about),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+            default="auto",
+            show_default=True,
+            help="Of the base weights; auto: float32 on the CPU, the checkpoint's on a GPU.",
+        ),
+        click.option("--trust-remote-code", is_flag=True, help="Run code that the base model brings along."),
+    )
+
+
+PLACE = _place()
 MODEL = together(
-    PLACE,
+    _place("split", about="split: over all GPUs, then the CPU, then the disk."),
     click.option("--max-length", type=int, metavar="N", help="Tokens a row; longer ones are cut. [default: 512]"),
     click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens a batch."),
 )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+from lorapack.processes import first
 from lorapack.watch import Item
 
 EVERY = 15.0  # seconds between two lines in a log
@@ -12,6 +13,8 @@ EVERY = 15.0  # seconds between two lines in a log
 
 def watch(step: str, items: Iterable[Item], total: int | None = None) -> Iterable[Item]:
     """Pass the items on and show their count, the rate and the time left on stderr."""
+    if not first():
+        return items
     count = total if total is not None else len(items) if isinstance(items, Sized) else 0
     return _bar(step, items, count) if sys.stderr.isatty() else _lines(step, items, count)
 

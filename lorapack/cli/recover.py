@@ -41,6 +41,7 @@ def recover(
       lorapack recover smaller --teacher my-adapter --data more.jsonl -o better
       lorapack recover my-adapter --rank-dropout 0.5 --data more.jsonl -o to-be-cut
     """
+    from contextlib import nullcontext
     from dataclasses import fields, replace
     from pathlib import Path
 
@@ -48,6 +49,7 @@ def recover(
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.hub import adapter_name, find_adapter, read_adapter
+    from lorapack.processes import first, others_leave
     from lorapack.read.files import REPORT
     from lorapack.recover import Settings
     from lorapack.recovery import recover_adapter
@@ -57,7 +59,8 @@ def recover(
     source, earlier = read_adapter(place), read_report(place)
     how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings) if f.name in settings})
     inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
-    with new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path)) as directory:
+    place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path))
+    with place_for if first() else nullcontext(Path()) as directory:
         made = recover_adapter(
             source,
             data,
@@ -69,6 +72,7 @@ def recover(
             stop=on_signal,
             **settings,
         )
+        others_leave()
         run = {**made.report.run, "command": options.spelled(click.get_current_context())}
         report = replace(made.report, run=run)
         put_adapter(made.adapter, directory, report=report)

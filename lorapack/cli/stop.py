@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lorapack.processes import first
+
 
 @contextmanager
 def on_signal() -> Iterator[Callable[[], bool]]:
@@ -17,11 +19,12 @@ def on_signal() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        print(
-            "lorapack: stopping after this step; the best state so far is evaluated and written (again: abort)",
-            file=sys.stderr,
-            flush=True,
-        )
+        if first():
+            print(
+                "lorapack: stopping after this step; the best state so far is evaluated and written (again: abort)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

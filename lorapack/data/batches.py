@@ -69,14 +69,19 @@ def cut(batch: Batch, tokens: int) -> Iterator[Batch]:
         length = int(lengths[order[at]])
         rows = order[at : at + max(1, tokens // length)]
         at += len(rows)
-        labels = batch.labels[rows]
-        yield Batch(
-            batch.input_ids[rows, :length],
-            batch.attention_mask[rows, :length],
-            labels[:, :length] if labels.ndim == 2 else labels,
-            batch.token_types[rows, :length] if batch.token_types is not None else None,
-            tuple(batch.places[row] for row in rows.tolist()),
-        )
+        yield chosen(batch, rows, length)
+
+
+def chosen(batch: Batch, rows: Tensor, length: int) -> Batch:
+    """Some rows of a batch, (n,) int64, padded to a length that none of them has more of."""
+    labels = batch.labels[rows]
+    return Batch(
+        batch.input_ids[rows, :length],
+        batch.attention_mask[rows, :length],
+        labels[:, :length] if labels.ndim == 2 else labels,
+        batch.token_types[rows, :length] if batch.token_types is not None else None,
+        tuple(batch.places[row] for row in rows.tolist()),
+    )
 
 
 def collate(rows: Sequence[tuple[int, Encoded]], pad: int) -> Batch:

@@ -1,7 +1,8 @@
 """What each variant of the model does on each row."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,9 @@ from lorapack.data.batches import Batch
 from lorapack.model.forward import Predictions, divergences, losses
 from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
+from lorapack.model.memory import piecewise
 from lorapack.model.point import Placed, point
+from lorapack.processes import add_up, rounds
 
 Numbers = NDArray[np.float64]
 
@@ -36,6 +39,9 @@ class Scores:
     predicted: Numbers
 
 
+FIELDS = tuple(field.name for field in fields(Scores))
+
+
 def score(
     loaded: Loaded, variants: Mapping[str, Placed], reference: str, batches: Iterable[Batch], rows: int
 ) -> dict[str, Scores]:
@@ -48,37 +54,49 @@ def score(
         batches: together they have each of the rows once.
         rows: how many there are.
     """
-    names = [reference, *(name for name in variants if name != reference)]
-    fields = ("predictions", "loss", "divergence", "agreement", "target", "predicted")
-    tables = {name: {field: np.zeros(rows) for field in fields} for name in names}
+    tables = {name: {field: np.zeros(rows) for field in FIELDS} for name in variants}
     with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(loaded.device)
-            places = np.array(batch.places)
-            seen = {}
-            for name in names:
-                point(loaded, variants[name])
-                seen[name] = features(loaded, batch)
-            for part in parts(loaded, seen[reference]):
-                teacher = None
-                for name in names:
-                    ours = seen[name]
-                    output = logits(loaded, variants[name], ours, ours.values[part])
-                    found = Predictions(output, ours.targets[part], ours.rows[part])
-                    if teacher is None:
-                        teacher = found.logits
-                    which = found.rows.cpu().numpy()
-                    best, top = found.logits.argmax(-1), teacher.argmax(-1)
-                    value = found.logits[:, 0] if loaded.is_regression else best
-                    table = tables[name]
-                    for field, values in (
-                        ("predictions", torch.ones_like(value)),
-                        ("loss", losses(loaded, found)),
-                        ("divergence", divergences(loaded, teacher, found.logits)),
-                        ("agreement", best == top),
-                    ):
-                        np.add.at(table[field], places[which], values.double().cpu().numpy())
-                    if loaded.task == "SEQ_CLS":
-                        table["target"][places[which]] = found.targets.double().cpu().numpy()
-                        table["predicted"][places[which]] = value.double().cpu().numpy()
+        for batch in rounds(batches):
+            for places, found in (
+                piecewise(loaded, batch, partial(_scores, loaded, variants, reference)) if batch else ()
+            ):
+                for name, table in found.items():
+                    for field, values in table.items():
+                        tables[name][field][places] = values
+    add_up([torch.from_numpy(values) for table in tables.values() for values in table.values()])
     return {name: Scores(**table) for name, table in tables.items()}
+
+
+def _scores(
+    loaded: Loaded, variants: Mapping[str, Placed], reference: str, batch: Batch
+) -> tuple[list[int], dict[str, dict[str, Numbers]]]:
+    """The places of a batch's rows, and what `Scores` holds of them, by variant."""
+    names = [reference, *(name for name in variants if name != reference)]
+    tables = {name: {field: np.zeros(len(batch.places)) for field in FIELDS} for name in names}
+    seen = {}
+    for name in names:
+        point(loaded, variants[name])
+        seen[name] = features(loaded, batch)
+    for part in parts(loaded, seen[reference]):
+        teacher = None
+        for name in names:
+            ours = seen[name]
+            output = logits(loaded, variants[name], ours, ours.values[part])
+            found = Predictions(output, ours.targets[part], ours.rows[part])
+            if teacher is None:
+                teacher = found.logits
+            which = found.rows.cpu().numpy()
+            best, top = found.logits.argmax(-1), teacher.argmax(-1)
+            value = found.logits[:, 0] if loaded.is_regression else best
+            table = tables[name]
+            for field, values in (
+                ("predictions", torch.ones_like(value)),
+                ("loss", losses(loaded, found)),
+                ("divergence", divergences(loaded, teacher, found.logits)),
+                ("agreement", best == top),
+            ):
+                np.add.at(table[field], which, values.double().cpu().numpy())
+            if loaded.task == "SEQ_CLS":
+                table["target"][which] = found.targets.double().cpu().numpy()
+                table["predicted"][which] = value.double().cpu().numpy()
+    return list(batch.places), tables

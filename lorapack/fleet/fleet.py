@@ -10,7 +10,7 @@ import lorapack
 from lorapack.data.rows import read_source
 from lorapack.errors import InputError, OutputError
 from lorapack.fleet.summary import VERSION, Summary, row, to_json
-from lorapack.fleet.task import Order, Outcome, Task, grouped
+from lorapack.fleet.task import PAGE, SUMMARY, Order, Outcome, Task, grouped
 from lorapack.job import chosen_method
 from lorapack.report.render import fleet_markdown
 from lorapack.ship.gates import Gates
@@ -18,7 +18,6 @@ from lorapack.watch import Watch, unwatched
 from lorapack.write.directory import refuse_overlap
 from lorapack.write.file import new_file
 
-SUMMARY, PAGE = "fleet.json", "fleet.md"
 Executor = Callable[[Order, Sequence[Task]], Iterator[Outcome]]
 
 
@@ -64,10 +63,8 @@ def compress_fleet(
             f"--measure-at-once: {settings['method']} wants {need}, which are learnt of one adapter at a time"
         )
     refuse_overlap(out, *(path for path in (data, eval_data, settings["base"]) if path))
-    rows = read_source(data) if data else None
-    order = Order(
-        str(Path.cwd()), out, settings, rows, read_source(eval_data) if eval_data else None, overwrite, at_once
-    )
+    rows, held_out = (read_source(source) if source else None for source in (data, eval_data))
+    order = Order(str(Path.cwd()), out, settings, rows, held_out, overwrite, at_once)
     place = _opened(out)
     start = time.perf_counter()
     good, failed = grouped(tasks, settings["base"])
@@ -97,9 +94,9 @@ def _opened(out: str) -> Path:
     place = Path(out)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        there = [name for name in (SUMMARY, PAGE) if (place / name).exists()]
-        if there and '"lorapack"' not in _head(place / SUMMARY):
-            raise OutputError(f"{place / there[0]} is not of a fleet; choose another output")
+        there = [place / name for name in (SUMMARY, PAGE) if (place / name).exists()]
+        if there and '"lorapack"' not in _head(there[0]):
+            raise OutputError(f"{there[0]} is not of a fleet; choose another output")
     except OSError as error:
         raise OutputError(f"{out} cannot be used: {error.strerror}") from None
     return place
@@ -114,4 +111,4 @@ def _put(place: Path, texts: Mapping[str, str]) -> None:
     """Files that say how a run went, in place of those of an earlier run."""
     for name, text in texts.items():
         with new_file(place / name, overwrite=True) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

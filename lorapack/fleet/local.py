@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from multiprocessing.process import BaseProcess
 
 from lorapack.fleet.task import Chunk, Order, Outcome, Task, chunks
 
+GRACE = 5.0  # seconds for a worker to end
 RETRIES = 5  # so often is begun anew what a worker died of
 
 
@@ -63,8 +65,10 @@ def run_local(order: Order, tasks: Sequence[Task], workers: int) -> Iterator[Out
                 yield from (replace(found, retries=min(died[chunk], RETRIES)) for found in outcomes or ())
     finally:
         for worker in crew:
+            worker.process.terminate()
+        for worker in crew:
+            worker.process.join(GRACE)
             worker.process.kill()
-            worker.process.join()
 
 
 def _queue(waiting: dict[int, deque[Chunk]], group: int | None) -> deque[Chunk]:
@@ -102,6 +106,7 @@ def _lost(worker: _Worker) -> str:
 def _serve(pipe: Connection, order: Order, workers: int) -> None:
     """What a worker does: one chunk after the other, until nobody sends any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that sends the tasks
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # removes what is half written
     import torch
 
     from lorapack.fleet.work import bench, work

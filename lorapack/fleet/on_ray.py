@@ -35,7 +35,7 @@ def run_ray(order: Order, tasks: Sequence[Task], address: str) -> Iterator[Outco
         run, shared = os.urandom(8).hex(), ray.put(order)
         has_gpu = order.settings.get("device") != "cpu" and ray.cluster_resources().get("GPU", 0) > 0
         do = ray.remote(num_cpus=1, num_gpus=int(has_gpu), max_retries=RETRIES)(_chunk).options(name=NAME)
-        share = -(-len(tasks) // int(ray.cluster_resources().get("CPU", 1)))
+        share = -(-len(tasks) // max(1, int(ray.cluster_resources().get("CPU", 1))))
         most = order.at_once if order.at_once > 1 else min(CHUNK, share)
         running = {do.remote(run, shared, chunk): chunk for chunk in chunks(tasks, most)}
         while running:

@@ -118,4 +118,4 @@ def totals(rows: Sequence[Row]) -> str:
     counts = ", ".join(f"{count:,} {state}" for state, count in states.items() if count)
     before, after = sum(row.bytes_before for row in made), sum(row.bytes_after for row in made)
     left = f"; {before:,} LoRA bytes became {after:,} ({after / before:.1%})" if before else ""
-    return f"{len(rows):,} adapters: {counts}{left}"
+    return f"{len(rows):,} adapter{'s' if len(rows) != 1 else ''}: {counts}{left}"

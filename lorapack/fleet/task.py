@@ -14,6 +14,7 @@ from lorapack.hub import find_adapter_config
 from lorapack.model.exchange import FREE
 from lorapack.read.files import read_json
 
+SUMMARY, PAGE = "fleet.json", "fleet.md"  # beside the results
 _NAME = re.compile(r"[\w][\w.-]*")
 
 
@@ -101,7 +102,7 @@ def named(given: Iterable[str], listed: Iterable[str] = ()) -> list[Task]:
     found: dict[str, Task] = {}
     for name, _, source in [*(("", "", source) for source in given), *pairs]:
         task = Task(name.strip() or _name(source), source.strip())
-        if not _NAME.fullmatch(task.name):
+        if not _NAME.fullmatch(task.name) or task.name in (SUMMARY, PAGE):
             raise InputError(
                 f"{source}: {task.name!r} cannot name a directory; give it a name in the list, NAME<tab>PATH"
             )

@@ -1,4 +1,4 @@
-"""One adapter of a fleet on a base that stays in memory; the same wherever it runs."""
+"""What a worker does with the adapters it is given, on a base that stays in memory; the same wherever it runs."""
 
 import contextlib
 import functools
@@ -151,7 +151,7 @@ def _measured(bench: Bench, chunk: Chunk) -> dict[str, Statistics]:
 def _ready(bench: Bench, adapter: Adapter) -> tuple[Loaded, Prepared]:
     """The base with this adapter on it, and the rows: those of the adapter before, where they fit this one too."""
     settings = bench.order.settings
-    base = settings.get("base")
+    base = settings["base"]
     source = base or (adapter.base_model, adapter.config.get("revision"))
     kind = layout(adapter)
     wanted = None if kind is None else (source, kind)

@@ -11,6 +11,7 @@ from lorapack.data.batches import Batch
 from lorapack.errors import InputError
 from lorapack.model.forward import losses, predict
 from lorapack.model.load import Loaded
+from lorapack.model.memory import piecewise
 from lorapack.model.point import place, point
 from lorapack.pack.truncate import canonical
 
@@ -52,19 +53,28 @@ def measure_gradients(
     of_module = {module: placed.pairs[name] for module, (name, _) in placed.pointers.items()}
     totals: dict[str, list[Tensor]] = {}
     running: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def pull(piece: Batch) -> int:
+        each = losses(loaded, predict(loaded, piece))
+        each.sum().backward()  # type: ignore[no-untyped-call]
+        return len(each)
+
+    def forget() -> None:
+        for pair in of_module.values():
+            for p in pair:
+                p.grad = None
+
     for batch in batches:
-        each = losses(loaded, predict(loaded, batch.to(loaded.device)))
-        each.mean().backward()  # type: ignore[no-untyped-call]
+        count = sum(piecewise(loaded, batch, pull, forget))
         for module, pair in of_module.items():
-            a, b = (p.detach().double() * p.grad.double() for p in pair)  # type: ignore[union-attr]
+            a, b = (p.detach().double() * p.grad.double() / count for p in pair)  # type: ignore[union-attr]
             now = [a.abs(), b.abs(), b.sum(dim=0).abs()]
             before = running.get(module) or [(torch.zeros_like(t), torch.zeros_like(t)) for t in now]
             running[module] = [_smoothed(t, *past) for t, past in zip(now, before, strict=True)]
             sums = totals.setdefault(module, [torch.zeros_like(a), torch.zeros_like(b)])
-            sums[0] += a * len(each)
-            sums[1] += b * len(each)
-            for p in pair:
-                p.grad = None
+            sums[0] += a * count
+            sums[1] += b * count
+        forget()
     found = {}
     for module, (a, b) in totals.items():
         of_a, of_b, of_lambda = (mean * spread for mean, spread in running[module])

@@ -14,6 +14,8 @@ from lorapack.model import head
 from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body
 from lorapack.model.head import features, logits, separable
 from lorapack.model.load import NAME, Loaded
+from lorapack.model.memory import piecewise
+from lorapack.processes import rounds
 
 Hooks = Mapping[str, tuple[nn.Module, Callable[[Any, Any, Tensor], None]]]
 """For each module what is hooked, and the hook."""
@@ -65,17 +67,25 @@ def measure_moments(
 
 
 def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights, loss: bool = False) -> None:
-    """All batches through the model, forward and, with the loss, backward, while forward hooks look on."""
+    """This process's batches through the model, forward and, with the loss, backward, while forward hooks look on.
+
+    What the hooks add to the totals of `weights` is there afterwards, of the batches of all processes.
+    """
     if loss:
         separable(loaded)  # tried before the hooks see what it tries with
+
+    def through(batch: Batch) -> None:
+        weights.set(batch)
+        if loss:
+            pull(loaded, batch)
+        else:
+            run_body(loaded, batch)
+
     with hooked(hooks), torch.set_grad_enabled(loss):
-        for batch in batches:
-            batch = batch.to(loaded.device)
-            weights.set(batch)
-            if loss:
-                pull(loaded, batch)
-            else:
-                run_body(loaded, batch)
+        for batch in rounds(batches):
+            if batch is not None:
+                piecewise(loaded, batch, through, weights.totals.forget)
+            weights.totals.settle()
 
 
 def pull(loaded: Loaded, batch: Batch) -> None:
@@ -107,19 +117,19 @@ def measure_inputs(
         For each module a (q, q) float64 mean.
     """
     on_device = {id(q): q.to(loaded.device) for q in bases.values()}
-    sums: dict[str, Tensor] = {}
     weights = Weights(average)
 
     def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
-            y = weights.pick(module, given[0]) @ on_device[id(bases[module])].T
-            product = (y * weights.each(y)).T @ y
-            sums[module] = product if module not in sums else sums[module] + product
+            x = weights.pick(module, given[0])
+            y = x @ on_device[id(bases[module])].to(x.device).T
+            weights.totals.add(("inputs", module), weights.weigh(y).T @ y)
 
         return forward
 
     run(loaded, {m: (loaded.layers[m].lora_A[NAME], hook(m)) for m in bases}, batches, weights)
-    return {module: (total / weights.total).cpu() for module, total in sums.items()}
+    weight = weights.total("weight")
+    return {key[1]: (total / weight).cpu() for key, total in weights.totals.done.items() if key[0] == "inputs"}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from lorapack.core.adapter import Adapter
 from lorapack.data.batches import Batch
 from lorapack.model.forward import losses, predict
 from lorapack.model.load import NAME, Loaded
+from lorapack.model.memory import piecewise
 from lorapack.model.point import place, point
 from lorapack.watch import Watch, unwatched
 
@@ -57,12 +58,18 @@ def learn_omega(
     total = STEPS * len(allowed)
     seen = iter(watch("measure omega", list(itertools.islice(itertools.cycle(batches), total))))
     found = []
+
+    def slope(piece: Batch) -> tuple[Tensor, int]:
+        """The derivative of the sum of the losses, and of how many."""
+        for module, weight in zip(modules, omega, strict=True):
+            loaded.layers[module].scaling[NAME] = adapter.scale(module) * weight
+        each = losses(loaded, predict(loaded, piece))
+        return torch.autograd.grad(each.sum(), omega)[0], len(each)
+
     for most in allowed:
         for batch in itertools.islice(seen, STEPS):
-            for module, weight in zip(modules, omega, strict=True):
-                loaded.layers[module].scaling[NAME] = adapter.scale(module) * weight
-            loss = losses(loaded, predict(loaded, batch.to(loaded.device))).mean()
-            (gradient,) = torch.autograd.grad(loss, omega)
+            slopes, counts = zip(*piecewise(loaded, batch, slope), strict=True)
+            gradient = torch.stack(slopes).sum(0) / sum(counts)
             rate = rate or FIRST_STEP / float(gradient.abs().max().clamp_min(1e-30))
             with torch.no_grad():
                 omega -= rate * gradient

@@ -73,7 +73,7 @@ def measure_moments_on_base(
 
         def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
             x = _single(given[0].detach())
-            h = x @ all_a.to(x.dtype).T
+            h = x @ all_a.to(x).T
             sums.forward(module, h)
             if loss:
                 if not y.requires_grad:
@@ -81,7 +81,7 @@ def measure_moments_on_base(
 
                 def backward(slope: Tensor) -> None:
                     slope = _single(slope)
-                    sums.backward(module, h, slope @ all_b.to(slope.dtype))
+                    sums.backward(module, h, slope @ all_b.to(slope))
 
                 y.register_hook(backward)  # type: ignore[no-untyped-call]
 

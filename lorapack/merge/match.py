@@ -1,7 +1,7 @@
 """Which tensor of the base an update belongs to: found with certainty, or refused by name."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorapack.errors import InputError
 from lorapack.merge.base import WAY_OUT, Base
@@ -82,9 +82,20 @@ def match(updates: Updates, base: Base) -> Matched:
         if entries[place].dtype not in FLOATS:
             raise InputError(f"{place} of the base is stored as {entries[place].dtype}, it is quantised: {WAY_OUT}")
     untied = {new: old for new, old in twin.items() if new in changes or old in changes}
+    for ends in untied.items():
+        _both_frozen(changes, *ends)
     if not untied or updates.config.get("ensure_weight_tying"):
         _refuse_tied(changes, base)
     return Matched(changes, untied)
+
+
+def _both_frozen(changes: dict[str, Change], one: str, two: str) -> None:
+    """Two tied tensors: where the adapter brings one as its base had it, the other was the same."""
+    for here, there in ((one, two), (two, one)):
+        carried = changes[here].carried if here in changes else None
+        if carried is not None and carried.frozen:
+            other = changes.get(there, Change())
+            changes[there] = replace(other, carried=other.carried or carried)
 
 
 def _twin(base: Base) -> dict[str, str]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 CHECKED = 1 << 20  # numbers at once
 MERGED_ONLY = ("use_dora", "target_parameters")  # what is not compressed and yet merged
+FROZEN = ".base_layer."  # in the names of weights below a LoRA that are saved with it
 MAGNITUDE = re.compile(r"^(?P<module>.+)\.(?P<part>lora_magnitude_vector)(?:\.weight)?$")
 
 
@@ -68,11 +69,13 @@ class Carried:
         dtype: its type (`STORED`).
         shape: its shape.
         read: the stored numbers from one position to another.
+        frozen: it is the base's own weight as the adapter saw it, below the LoRA: whatever is tied to it has it too.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[int, int], Array]
+    frozen: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +168,9 @@ def from_adapter(adapter: "Adapter") -> Updates:
             adapter.scale(name),
             lambda n=name: _arrays(adapter, n),  # type: ignore[misc]
         )
-    carried = {_base_name(name): _carried(tensor) for name, tensor in adapter.carried.items()}
+    carried = {
+        _base_name(name): replace(_carried(tensor), frozen=FROZEN in name) for name, tensor in adapter.carried.items()
+    }
     return Updates(adapter.config, check_config(adapter.config, CONFIG), modules, carried)
 
 
@@ -190,7 +195,7 @@ def _carried(tensor: "Tensor") -> Carried:
 
 def _base_name(name: str) -> str:
     """The name in the base of a tensor that an adapter brings along."""
-    return name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    return name.removeprefix(PREFIX).replace(FROZEN, ".").replace(".modules_to_save.", ".")
 
 
 def _plain(directory: Path) -> Updates | None:
@@ -216,7 +221,7 @@ def _plain(directory: Path) -> Updates | None:
         elif ".lora_" in name:
             return None
         else:
-            carried[_base_name(name)] = _lazy(shard, entry)
+            carried[_base_name(name)] = replace(_lazy(shard, entry), frozen=FROZEN in name)
     if any(("lora_magnitude_vector" in parts) != bool(config.get("use_dora")) for parts in pairs.values()):
         return None
     modules = {name: _update(shard, name, parts, settings, is_fused(name, config)) for name, parts in pairs.items()}

@@ -53,7 +53,7 @@ def features(loaded: Loaded, batch: Batch) -> Features:
     if not separable(loaded):
         found = predict(loaded, batch)
         return Features(found.logits, found.targets, found.rows, headless=False)
-    hidden = loaded.base.base_model(**inputs(batch), **no_cache(loaded))[0]
+    hidden = loaded.base.base_model(**inputs(batch), **no_cache(loaded))[0].to(batch.labels.device)  # of a split model
     wanted = batch.labels[:, 1:] != IGNORED  # the state at t predicts the token at t + 1
     return Features(hidden[:, :-1][wanted], batch.labels[:, 1:][wanted], wanted.nonzero()[:, 0], headless=True)
 
@@ -70,7 +70,7 @@ def logits(loaded: Loaded, placed: Placed | None, found: Features, states: Tenso
     with _body_done(loaded, states[None]):
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         output: Tensor = loaded.base(input_ids=ids, **no_cache(loaded)).logits[0]
-    return single(output)
+    return single(output.to(states.device))
 
 
 def backward(

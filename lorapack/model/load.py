@@ -1,8 +1,10 @@
 """Load the base model and attach an adapter to it."""
 
+import atexit
 import contextlib
 import dataclasses
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from lorapack.errors import InputError
 from lorapack.read.patterns import check_time
 from lorapack.write.form import peft_form
 
-Device = Literal["auto", "cuda", "cpu"]
+Device = Literal["auto", "cuda", "cpu", "split"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 NAME = "default"
@@ -79,7 +81,8 @@ def load(
     Args:
         adapter: its configuration names base and task.
         base: another place for the base model.
-        device: ``auto`` takes a CUDA device where there is one.
+        device: ``auto`` takes a CUDA device where there is one; ``split`` lays the layers over all of them, and
+            what does not fit into the CPU's memory and, at last, into temporary files (accelerate's ``auto``).
         dtype: of the base weights; ``auto`` is float32 on the CPU and the checkpoint's on a GPU.
             The factors are always float32.
         max_length: the most tokens a row may have; `LONGEST` or the model's own limit by default.
@@ -111,6 +114,8 @@ def load(
             }[task]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # a head that no file holds is drawn at random
+                if device == "split":
+                    options |= {"device_map": "auto", "offload_folder": _temporary()}
                 model = kind.from_pretrained(source, config=config, dtype=torch_dtype, **options)
         except InputError:
             raise
@@ -123,7 +128,7 @@ def load(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     check_fits(adapter, model, source)
-    attached = attach(adapter, model.to(where), source)
+    attached = attach(adapter, model if device == "split" else model.to(where), source)
     modules = dict(attached.base_model.model.named_modules())
     return Loaded(
         model=attached,
@@ -175,7 +180,22 @@ def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:
             raise InputError(f"the adapter does not fit {source!r}: {lines[min(1, len(lines) - 1)].strip()}") from None
     if result.unexpected_keys:
         raise InputError(f"the base model {source!r} has no place for the adapter's tensor {result.unexpected_keys[0]}")
+    _keep_gradients(attached)
     return attached.requires_grad_(False).eval()
+
+
+def _keep_gradients(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes packs 4-bit weights anew at their first use, for a kernel that gives no gradient."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010  (no attribute of nn.Module)
+
+
+def _temporary() -> str:
+    """A directory that goes when the process ends."""
+    found = tempfile.TemporaryDirectory(prefix="lorapack-")
+    atexit.register(found.cleanup)
+    return found.name
 
 
 def check_fits(adapter: Adapter, model: nn.Module, source: str) -> None:

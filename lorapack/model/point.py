@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +97,22 @@ def point(loaded: Loaded, placed: Placed) -> None:
         a, b = layer.lora_A[NAME], layer.lora_B[NAME]
         if not isinstance(a, nn.Linear):
             continue
+        device = _where(layer)
         if module in placed.pointers:
             name, scale = placed.pointers[module]
-            _set(a, b, *_folded(*placed.pairs[name], *placed.own.get(module, (None, None))))
+            pair = _folded(*placed.pairs[name], *placed.own.get(module, (None, None)))
+            _set(a, b, *(weight.to(device) for weight in pair))
             layer.scaling[NAME] = scale
         else:
-            none = a.weight.new_zeros(0, a.weight.shape[1]), b.weight.new_zeros(b.weight.shape[0], 0)
-            _set(a, b, *(nn.Parameter(t, requires_grad=False) for t in none))
+            none = (torch.zeros(0, a.weight.shape[1]), torch.zeros(b.weight.shape[0], 0))
+            _set(a, b, *(nn.Parameter(t.to(device), requires_grad=False) for t in none))
+
+
+def _where(layer: Any) -> Any:
+    """Where a layer computes: of a model that is split, accelerate's hooks know."""
+    base = layer.get_base_layer()
+    hook = getattr(base, "_hf_hook", None)
+    return base.weight.device if hook is None else hook.execution_device
 
 
 def _folded(a: Tensor, b: Tensor, core: Tensor | None, output: Tensor | None) -> tuple[Tensor, Tensor]:

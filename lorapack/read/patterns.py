@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
-
-import regex
+from typing import TYPE_CHECKING, Any
 
 from lorapack.errors import InputError
+
+if TYPE_CHECKING:
+    import regex
 
 LONGEST = 10_000  # characters of a pattern; a regular expression of every module's name has fewer
 SECONDS = 5.0  # for all the names of one adapter; a real configuration takes milliseconds
@@ -43,6 +44,8 @@ def _compiled(pattern: str) -> "regex.Pattern[str]":
     """The pattern as PEFT matches it against a module's name, with a matcher that knows a time limit."""
     if len(pattern) > LONGEST:
         raise ValueError(f"it has {len(pattern):,} characters, at most {LONGEST:,} are read")
+    import regex  # here: nearly all patterns are names
+
     whole = rf"(.*\.)?({pattern})$"
     try:
         re.compile(whole)  # PEFT's own matcher must take it too

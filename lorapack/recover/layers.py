@@ -35,7 +35,7 @@ def recorded(loaded: Loaded, batch: Batch, wanted: bool) -> Iterator[list[Tensor
 
     def keep(_: Any, __: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
-        found.append(states[where])
+        found.append(states[where.to(states.device)].to(where.device))
 
     handles = [layer.register_forward_hook(keep) for layer in (_layers(loaded) if wanted else ())]
     try:

@@ -44,7 +44,7 @@ class Masks:
                     return None
                 name = module if self.kind == "token" else student.pointers[module][0]
                 shape = h.shape if self.kind == "token" else h.shape[-1:]
-                if name not in self._kept:
+                if name not in self._kept or self._kept[name].shape != shape:  # another piece, where memory was short
                     self._kept[name] = (torch.rand(shape, generator=self.generator) >= self.p).to(h.device)
                 return h * self._kept[name] / (1 - self.p)
 

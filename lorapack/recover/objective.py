@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -12,7 +13,9 @@ from lorapack.model import head
 from lorapack.model.forward import Predictions, divergences, losses
 from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
+from lorapack.model.memory import piecewise
 from lorapack.model.point import Placed, point
+from lorapack.processes import gathered, rounds
 from lorapack.recover.layers import compared, distance, recorded
 
 Objective = Literal["kl", "task", "both"]
@@ -59,25 +62,31 @@ def measured(
     loaded: Loaded, student: Placed, teacher: Teacher, batches: Iterable[Batch], objective: Objective
 ) -> float:
     """The mean of the objective over the predictions of some batches."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(loaded.device)
-            target = teacher.values(batch) if objective != "task" else None
-            point(loaded, student)
+
+    def run(batch: Batch) -> tuple[float, int]:
+        total = 0.0
+        target = teacher.values(batch) if objective != "task" else None
+        point(loaded, student)
+        with precision(loaded):
+            seen = features(loaded, batch)
+        for part in parts(loaded, seen):
             with precision(loaded):
-                seen = features(loaded, batch)
-            for part in parts(loaded, seen):
-                with precision(loaded):
-                    theirs = None if target is None else logits(loaded, teacher.placed, seen, target[part])
-                    ours = logits(loaded, student, seen, seen.values[part])
-                value = torch.zeros_like(ours[:, 0])
-                if theirs is not None:
-                    value += divergences(loaded, theirs, ours)
-                if objective != "kl":
-                    value += losses(loaded, Predictions(ours, seen.targets[part], seen.rows[part]))
-                total += float(value.sum(dtype=torch.float64)) / (2 if objective == "both" else 1)
-            count += len(seen)
+                theirs = None if target is None else logits(loaded, teacher.placed, seen, target[part])
+                ours = logits(loaded, student, seen, seen.values[part])
+            value = torch.zeros_like(ours[:, 0])
+            if theirs is not None:
+                value += divergences(loaded, theirs, ours)
+            if objective != "kl":
+                value += losses(loaded, Predictions(ours, seen.targets[part], seen.rows[part]))
+            total += float(value.sum(dtype=torch.float64)) / (2 if objective == "both" else 1)
+        return total, len(seen)
+
+    with torch.no_grad():
+        found = [piecewise(loaded, batch, run) if batch else [] for batch in rounds(batches)]
+    total, count = 0.0, 0
+    for one_round in zip(*gathered(found), strict=True):
+        for value, number in chain.from_iterable(one_round):
+            total, count = total + value, count + number
     return total / count
 
 

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lorapack.core.adapter import Adapter, digest
-from lorapack.data.batches import Batch, batches, cut, training_batches
+from lorapack.data.batches import Batch, batches, chosen, training_batches
 from lorapack.data.encode import Encoded
 from lorapack.errors import InputError
 from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
+from lorapack.model.memory import piecewise
 from lorapack.model.point import Placed, place, taken
+from lorapack.processes import add_up, anywhere, first, gathered, number
+from lorapack.processes import count as processes
 from lorapack.recover import state as states
 from lorapack.recover.mask import Masks, RankMask
 from lorapack.recover.objective import Objective, Teacher, backward, measured
@@ -135,6 +138,8 @@ def recover(
     Raises:
         InputError: the loss is not a finite number, or the state is of another recovery.
     """
+    if settings.rank_dropout and processes() > 1:
+        raise InputError("--rank-dropout: its masks are drawn in one process; run it without a launcher")
     inside = settings.layers if settings.objective != "task" else 0.0  # the task has no teacher
     teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
@@ -161,14 +166,16 @@ def recover(
         return found
 
     def train(batch: Batch) -> float:
-        """One step's gradients; the mean objective."""
+        """One step's gradients, of the rows of all processes; the mean objective."""
         masks.renew(step=True)
-        total, count = 0.0, 0
-        for piece in cut(batch, in_memory):
+
+        def run(piece: Batch) -> tuple[float, int]:
             masks.renew()
             weight = inside * (1 - at.step / steps)
-            value, number = backward(loaded, student, teacher, piece.to(loaded.device), settings.objective, weight)
-            total, count = total + value, count + number
+            return backward(loaded, student, teacher, piece, settings.objective, weight)
+
+        found = piecewise(loaded, _share(batch), run, optimizer.zero_grad, in_memory)
+        total, count = _together(parameters, found)
         for p in parameters:
             if p.grad is not None:
                 p.grad /= count
@@ -191,7 +198,11 @@ def recover(
             at = State(now=_state(parameters), kept=_state(parameters), curve=[(0, check())])
         every = max(1, steps // CHECKS)
         rows = training_batches(training, settings.batch_size, steps, loaded.pad, seed)
-        with stop() as asked:
+        with stop() as asked_here:
+
+            def asked() -> bool:
+                return anywhere(asked_here())
+
             for batch in watch(islice(rows, at.step, None), steps - at.step):
                 at.step += 1
                 loss = train(batch)
@@ -215,7 +226,7 @@ def recover(
                     if 1 < at.waited < PATIENCE:  # a smaller rate alone did not help
                         _restore(parameters, at.kept)
                         optimizer.state.clear()
-                if state is not None:
+                if state is not None and first():
                     at.now, at.moments = _state(parameters), states.moments(optimizer, parameters)
                     at.generator = masks.generator.get_state()
                     states.save(at, state, facts)
@@ -223,7 +234,7 @@ def recover(
                     break
             stopped = asked() and at.step < steps
     _restore(parameters, at.kept)
-    if state is not None and not stopped:
+    if state is not None and not stopped and first():
         state.unlink(missing_ok=True)
     record = Recovery(
         settings.objective,
@@ -237,6 +248,22 @@ def recover(
         judged_masked,
     )
     return taken(packed, student) if at.best else packed, record
+
+
+def _share(batch: Batch) -> Batch:
+    """The rows of a batch that are this process's."""
+    return chosen(batch, torch.arange(number(), len(batch.input_ids), processes()), batch.input_ids.shape[1])
+
+
+def _together(parameters: Sequence[nn.Parameter], found: Sequence[tuple[float, int]]) -> tuple[float, int]:
+    """Add up, over all processes, the gradients, and the sums of the objective and over how many predictions it is."""
+    each = gathered(([p.grad is not None for p in parameters], found))
+    for p, *reached in zip(parameters, *(flags for flags, _ in each), strict=True):
+        if p.grad is None and any(reached):
+            p.grad = torch.zeros_like(p)
+    add_up([p.grad for p in parameters if p.grad is not None])
+    pieces = [piece for _, their_pieces in each for piece in their_pieces]
+    return sum(value for value, _ in pieces), sum(count for _, count in pieces)
 
 
 def _optimizer(student: Placed, learning_rate: float) -> torch.optim.AdamW:

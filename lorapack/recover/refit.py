@@ -14,6 +14,7 @@ from lorapack.model.forward import inputs, no_cache
 from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
+from lorapack.processes import from_first
 from lorapack.recover.objective import Objective, Teacher, measured
 
 TOKENS = 8192  # to fit on: some hundred times as many as a row of B has numbers
@@ -61,7 +62,7 @@ def refit(
     tried = {"before": packed, **{k: fitted(loaded, original, packed, rows, k == "whole") for k in ("own", "whole")}}
     found = {k: measured(loaded, place(a, loaded.device), teacher, held, objective) for k, a in tried.items()}
     kept = min(found, key=lambda k: found[k])  # the first of equals: before
-    return tried[kept], Refit(found["before"], found["own"], found["whole"], kept)
+    return from_first(tried[kept]), Refit(found["before"], found["own"], found["whole"], kept)
 
 
 def fitted(loaded: Loaded, original: Adapter, packed: Adapter, rows: Sequence[Encoded], whole: bool) -> Adapter:

@@ -93,7 +93,7 @@ def packed(directory: str | Path, repo: str, form: Format = "compact", base: str
     adapter = read_adapter(directory)
     report = _report(directory, adapter)
     base = _base(base, adapter, report)
-    report = replace(report, base_model=base)
+    report = replace(report, base_model=base, run=_local_names(report.run), data=_local_names(report.data))
     refuse_foreign(directory / CARD)
     card = read_text(directory / CARD) if (directory / CARD).exists() else ""
     with tempfile.TemporaryDirectory(prefix="lorapack-push-") as place:
@@ -125,6 +125,15 @@ def _copy(directory: Path, parcel: Path, base: str) -> None:
     if config.get("base_model_name_or_path") != base:
         config["base_model_name_or_path"] = base
         (parcel / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _local_names(value: Any) -> Any:
+    """The same with every path from the root or from home as its last name: the way to it is this machine's own."""
+    if isinstance(value, Mapping):
+        return {key: _local_names(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_local_names(each) for each in value]
+    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~/")) else value
 
 
 def _report(directory: Path, adapter: Adapter) -> Report:

@@ -1,0 +1,61 @@
+"""The memory plan, from headers alone. How near it is to what runs then needed is in docs/scale.md."""
+
+import json
+import struct
+
+import pytest
+import torch
+from support import ADAPTER, attached, llama, run
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorapack.errors import InputError
+from lorapack.footprint import plan_memory
+from lorapack.read import read_adapter
+
+
+def test_the_base_is_counted_as_it_lies_in_memory(tmp_path):
+    adapter, loaded = attached(llama(2), tmp_path, target_modules=["q_proj"])
+    found = plan_memory(adapter, str(tmp_path / "base"), device="cpu")
+    in_memory = sum(p.nbytes for n, p in loaded.base.named_parameters() if "lora" not in n)
+    assert {step["base"] for step in found.steps.values()} == {in_memory}
+    half = plan_memory(adapter, str(tmp_path / "base"), device="cpu", dtype="bfloat16")
+    assert half.steps["measure"]["base"] == in_memory // 2
+    assert half.steps["measure"]["activations"] == pytest.approx(found.steps["measure"]["activations"] / 2, rel=1e-3)
+
+
+def test_a_base_of_140_gigabytes_is_planned_without_a_byte_of_it(tmp_path):
+    """A sparse file: its header says 70 billion numbers, and there are none."""
+    hidden, inner, layers = 8192, 28672, 80
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=layers))
+    wide = {"q_proj": (hidden, hidden), "k_proj": (1024, hidden), "v_proj": (1024, hidden), "o_proj": (hidden, hidden)}
+    wide |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    header, at = {}, 0
+    for name in model.state_dict():
+        kind = name.split(".")[-2]
+        shape = wide.get(kind, (hidden,) if "norm" in kind else (32000, hidden))
+        stop = at + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, stop]}
+        at = stop
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"hidden_size": hidden, "vocab_size": 32000, "model_type": "llama"}))
+    raw = json.dumps(header).encode()
+    with open(base / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(raw)) + raw)
+        file.truncate(8 + len(raw) + at)
+    done = run("compress", ADAPTER, "--base", base, "-o", tmp_path / "out", "--plan-memory", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "does NOT fit" in done.stdout and not (tmp_path / "out").exists()
+    said = run(
+        "compress", ADAPTER, "--base", base, "-o", tmp_path / "out", "--plan-memory", "--json", "--device", "cpu"
+    )
+    found = json.loads(said.stdout)
+    assert found["steps"]["measure"]["base"] == 2 * at  # float32 on the CPU
+    assert not found["fits"] and found["peak"] > found["free"]["cpu"]
+
+
+def test_a_base_without_headers_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"has no \.safetensors file"):
+        plan_memory(read_adapter(ADAPTER), str(tmp_path))

@@ -1,0 +1,121 @@
+"""Several real processes (gloo, started by torchrun) against one: the same statistics, plans, figures and adapters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT
+
+from lorapack.compress import compress_adapter
+from lorapack.core.plan import to_json
+from lorapack.core.report import to_json as report_json
+from lorapack.core.statistics import from_tensors, to_tensors
+from lorapack.job import plan_adapter
+from lorapack.measure import measure_adapter
+from lorapack.read import read_adapter
+from lorapack.read.files import read_safetensors
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+SHARED = {"base": str(BASE), "sample": "13", "batch_tokens": 256}
+STEPS = {"budget": "30%", "recover_steps": 3, "objective": "kl"}
+
+
+def started(processes, *arguments):
+    """The command line in several processes."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    command = [*TORCHRUN, str(processes), "-m", "lorapack", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def spelled(settings):
+    return [word for name, value in settings.items() for word in ("--" + name.replace("_", "-"), value)]
+
+
+def ours(stderr):
+    """What lorapack said; torchrun has a report of its own, and what is left of gloo's is beside the point."""
+    return [line for line in stderr.splitlines() if line.startswith("lorapack: ")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows of very different lengths, so that the batches are no multiple of the processes; to evaluate on, others."""
+    path = tmp_path_factory.mktemp("data")
+    for source, name, count in ((CALIBRATION, "rows.jsonl", 30), (HELDOUT, "others.jsonl", 7)):
+        texts = [json.loads(line)["text"] for line in source.read_text().splitlines()[:count]]
+        rows = [{"text": text[: 60 + 17 * n]} for n, text in enumerate(texts)]
+        (path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(data):
+    return measure_adapter(read_adapter(ADAPTER), str(data / "rows.jsonl"), **SHARED)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_statistics_of_several_processes_are_those_of_one_and_so_are_the_plans(processes, alone, data, tmp_path):
+    out = tmp_path / "statistics"
+    arguments = ("measure", ADAPTER, "--data", data / "rows.jsonl", *spelled(SHARED), "-o", out)
+    printed, said = (run := started(processes, *arguments)).communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert printed.count("Wrote") == 1
+    expected, _ = to_tensors(alone)
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for name, moment in expected.items():
+        torch.testing.assert_close(found[name], moment, rtol=1e-12, atol=0.0)
+    adapter, theirs = read_adapter(ADAPTER), from_tensors(*read_safetensors(out))
+    assert (theirs.weight, theirs.tokens, theirs.samples) == (alone.weight, alone.tokens, alone.samples)
+    plans = [to_json(plan_adapter(adapter, each, budget="30%")) for each in (alone, theirs)]
+    assert plans[0] == plans[1]
+
+
+def test_two_processes_compress_to_what_one_compresses_to(data, tmp_path):
+    rows, others = str(data / "rows.jsonl"), str(data / "others.jsonl")
+    out = tmp_path / "out"
+    arguments = ("compress", ADAPTER, "--data", rows, "--eval-data", others, *spelled(SHARED | STEPS), "-o", out)
+    printed, said = (run := started(2, *arguments)).communicate(timeout=300)
+    assert run.returncode == 0, said
+    assert printed.count(f"Wrote {out}") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    made = compress_adapter(read_adapter(ADAPTER), rows, eval_data=others, **SHARED, **STEPS)
+    before, after = json.loads(report_json(made.report)), json.loads((out / "report.json").read_text())
+    assert after["plan"] == before["plan"]
+    for variant in ("base", "original"):  # the figures of what nobody trained, with their intervals
+        assert after["quality"]["metrics"]["loss"][variant] == before["quality"]["metrics"]["loss"][variant]
+    curve, other = ([value for _, value in report["recovery"]["curve"]] for report in (before, after))
+    assert other == pytest.approx(curve, rel=1e-6)
+    assert curve[-1] < 0.99 * curve[0]  # it has learnt something
+    trained, alike = made.adapter, read_adapter(out)
+    for name, pair in trained.pool.items():
+        for left, right in ((pair.A, alike.pool[name].A), (pair.B, alike.pool[name].B)):
+            assert (left - right).norm() <= 1e-6 * left.norm(), name
+
+
+def test_what_is_wrong_with_the_input_is_said_once(tmp_path):
+    printed, said = (run := started(2, "compress", tmp_path / "none", "-o", tmp_path / "out")).communicate(timeout=300)
+    assert run.returncode != 0
+    assert len(ours(said)) == 1 and "none" in ours(said)[0]
+    assert not printed and not list(tmp_path.iterdir())
+
+
+def test_one_process_that_dies_ends_all_with_one_line_and_nothing_written(data, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("compress", ADAPTER, "--data", data / "rows.jsonl", "--recover-steps", 10_000, *spelled(SHARED))
+    run = started(2, *arguments, "--budget", "30%", "--state", tmp_path / "state", "-o", out)
+    until = time.monotonic() + 240
+    while not any(path.name.startswith(".out") for path in tmp_path.iterdir()) and time.monotonic() < until:
+        time.sleep(0.1)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    printed, said = run.communicate(timeout=240)
+    assert run.returncode != 0
+    assert len(ours(said)) == 1 and "written" in ours(said)[0]
+    assert not printed and not list(tmp_path.iterdir())
