@@ -32,8 +32,9 @@ PREFIX = "base_model.model."
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    llama().save_pretrained(tmp_path_factory.mktemp("base"))
-    return tmp_path_factory.getbasetemp() / "base0"
+    directory = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(directory)
+    return directory
 
 
 def read(directory):
