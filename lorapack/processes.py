@@ -34,6 +34,10 @@ def join() -> None:
     if _store is not None or not _launched():
         return
     import torch
+
+    # Its functions have the group of their import as a default argument. Imported later, by transformers, they would
+    # hold this one for ever: gloo's threads would outlive `others_leave` and at times abort the end of the process.
+    import torch.distributed.nn
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
