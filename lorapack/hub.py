@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorapack.core.names import MODEL_ID
 from lorapack.errors import InputError
-from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS, file_digests, read_json
+from lorapack.read.files import BIN, CARD, CONFIG, REPORT, SAFETENSORS, file_digests, read_json, refuse_elsewhere
 
 if TYPE_CHECKING:
     from lorapack.core.adapter import Adapter
@@ -41,7 +41,7 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
         InputError: neither a directory nor a repository within reach.
     """
     path = Path(source)
-    if path.exists() or not _ID.fullmatch(str(source)):
+    if not _on_hub(path):
         if revision is not None:
             raise InputError(f"--revision is for adapters on the Hub; {source} is a path")
         return path
@@ -56,9 +56,8 @@ def find_adapter_config(source: str | Path) -> Path:
     Raises:
         InputError: neither a directory nor a repository within reach.
     """
-    path = Path(source)
-    if path.exists() or not _ID.match(str(source)):
-        return path / CONFIG
+    if not _on_hub(Path(source)):
+        return Path(source) / CONFIG
     return _snapshot(str(source), None, [CONFIG]) / CONFIG
 
 
@@ -75,8 +74,7 @@ def find_base(source: str | Path, revision: str | None = None) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not is_hub_id(str(source)):
-        raise InputError(f"the base model {source} does not exist; name it with --base")
+    refuse_elsewhere(str(source))
     found = _snapshot(str(source), revision, [WEIGHTS, "model.safetensors.index.json", *TEXTS])
     if not any(found.glob(WEIGHTS)):
         found = _snapshot(str(source), revision, [BIN_WEIGHTS, "pytorch_model.bin.index.json", *TEXTS])
@@ -91,12 +89,17 @@ def find_base_config(source: str | Path, revision: str | None = None) -> Path:
     """
     place = Path(source)
     if not place.exists():
-        if not MODEL_ID.fullmatch(str(source)):
+        if not is_hub_id(str(source)):
             raise InputError(f"the base model {source} does not exist")
         place = _snapshot(str(source), revision, ["config.json"])
     if not (place / "config.json").is_file():
         raise InputError(f"{source} has no config.json: it is not a model directory")
     return place / "config.json"
+
+
+def _on_hub(source: Path) -> bool:
+    """Whether an adapter is meant that lies on the Hub: nothing here has this name, and it has an owner."""
+    return not source.exists() and _ID.fullmatch(str(source)) is not None
 
 
 def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:

@@ -55,20 +55,19 @@ def compress(
       lorapack compress my-adapter --data calibration.jsonl -o smaller
       lorapack compress my-adapter --data calibration.jsonl -o smaller --min-retained 99%
     """
-    from contextlib import nullcontext
     from dataclasses import replace
     from pathlib import Path
 
-    from lorapack.cli.files import read_plan, read_statistics
+    from lorapack.cli.files import read_plan, read_statistics, result
     from lorapack.cli.gates import settle, take_gates
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.compress import compress_adapter
     from lorapack.hub import adapter_name, find_adapter, read_adapter
-    from lorapack.processes import first, others_leave
+    from lorapack.processes import others_leave
     from lorapack.read.files import REPORT
     from lorapack.ship.gates import judge
-    from lorapack.write import new_directory, put_adapter
+    from lorapack.write import put_adapter
 
     gates, junit = take_gates(settings, quality=data is not None, without="--data")
     source = read_adapter(find_adapter(adapter, revision))
@@ -78,8 +77,7 @@ def compress(
         tell_memory(source, settings, as_json)
         return
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
-    place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in given if path))
-    with place_for if first() else nullcontext(Path()) as directory:
+    with result(out, overwrite, *given) as directory:
         made = compress_adapter(
             source,
             data,

@@ -1,5 +1,6 @@
 """lorapack's own files, read and written by the commands."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,10 +12,12 @@ from lorapack.core.checked import parse
 from lorapack.core.plan import Plan
 from lorapack.core.report import Report
 from lorapack.core.statistics import Statistics
+from lorapack.processes import first
 from lorapack.read.adapter import REPORT
 from lorapack.read.files import read_safetensors, read_text
 from lorapack.sweep import Point
-from lorapack.write.file import new_file
+from lorapack.write import new_directory
+from lorapack.write.file import new_file, write_text
 
 
 def read_plan(path: str) -> Plan:
@@ -43,10 +46,11 @@ def write_statistics(statistics: Statistics, path: str, overwrite: bool) -> None
 
 
 def write_plan(plan: Plan, path: str, overwrite: bool) -> None:
-    with new_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(plans.to_json(plan), encoding="utf-8")
+    write_text(plans.to_json(plan), path, overwrite=overwrite)
 
 
-def write_text(text: str, path: str, overwrite: bool) -> None:
-    with new_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+def result(out: str, overwrite: bool, *inputs: str | None) -> AbstractContextManager[Path]:
+    """The new directory of a result; nothing in a process that leaves writing to the first."""
+    if not first():
+        return nullcontext(Path())
+    return new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path))

@@ -49,7 +49,7 @@ def settle(
         GateError: a gate is not met.
     """
     if target is not None:
-        from lorapack.cli.files import write_text
+        from lorapack.write.file import write_text
 
         write_text(junit(outcomes, command), target, overwrite=True)  # in place of an earlier run's
     for outcome in outcomes:

@@ -41,26 +41,24 @@ def recover(
       lorapack recover smaller --teacher my-adapter --data more.jsonl -o better
       lorapack recover my-adapter --rank-dropout 0.5 --data more.jsonl -o to-be-cut
     """
-    from contextlib import nullcontext
     from dataclasses import fields, replace
     from pathlib import Path
 
-    from lorapack.cli.files import read_report
+    from lorapack.cli.files import read_report, result
     from lorapack.cli.progress import watch
     from lorapack.cli.stop import on_signal
     from lorapack.hub import adapter_name, find_adapter, read_adapter
-    from lorapack.processes import first, others_leave
+    from lorapack.processes import others_leave
     from lorapack.read.files import REPORT
     from lorapack.recover import Settings
     from lorapack.recovery import recover_adapter
-    from lorapack.write import new_directory, put_adapter
+    from lorapack.write import put_adapter
 
     place = find_adapter(adapter, revision)
     source, earlier = read_adapter(place), read_report(place)
     how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings) if f.name in settings})
     inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
-    place_for = new_directory(out, overwrite=overwrite, inputs=tuple(path for path in inputs if path))
-    with place_for if first() else nullcontext(Path()) as directory:
+    with result(out, overwrite, *inputs) as directory:
         made = recover_adapter(
             source,
             data,

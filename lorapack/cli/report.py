@@ -33,12 +33,12 @@ def report(
     """
     from pathlib import Path
 
-    from lorapack.cli.files import read_points, write_text
+    from lorapack.cli.files import read_points
     from lorapack.core.report import from_json
     from lorapack.read.adapter import REPORT
     from lorapack.read.files import read_text
     from lorapack.report import html, markdown
-    from lorapack.write.file import refuse_existing
+    from lorapack.write.file import refuse_existing, write_text
 
     file = Path(directory) / REPORT if Path(directory).is_dir() else Path(directory)
     if out is not None:
@@ -50,5 +50,5 @@ def report(
     if out is None:
         say(page, nl=False)
     else:
-        write_text(page, out, overwrite)
+        write_text(page, out, overwrite=overwrite)
         say(f"Wrote {out}")

@@ -1,7 +1,7 @@
 """`lorapack fleet`: the adapters in, the executor given, the summary out."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from lorapack.report.render import fleet_markdown
 from lorapack.ship.gates import Gates
 from lorapack.watch import Watch, unwatched
 from lorapack.write.directory import refuse_overlap
-from lorapack.write.file import new_file
+from lorapack.write.file import write_text
 
 Executor = Callable[[Order, Sequence[Task]], Iterator[Outcome]]
 
@@ -81,7 +81,8 @@ def compress_fleet(
         "command": list(command),
     }
     summary = Summary(VERSION, lorapack.__version__, order.asked(), tuple(found for found, _ in made), run)
-    _put(place, {SUMMARY: to_json(summary), PAGE: fleet_markdown(summary)})
+    for name, text in ((SUMMARY, to_json(summary)), (PAGE, fleet_markdown(summary))):
+        write_text(text, place / name, overwrite=True)  # in place of an earlier run's
     return summary
 
 
@@ -105,10 +106,3 @@ def _opened(out: str) -> Path:
 def _head(path: Path) -> str:
     with open(path, "rb") as file:
         return file.read(100).decode(errors="replace")
-
-
-def _put(place: Path, texts: Mapping[str, str]) -> None:
-    """Files that say how a run went, in place of those of an earlier run."""
-    for name, text in texts.items():
-        with new_file(place / name, overwrite=True) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -8,16 +8,16 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from lorapack.core.adapter import Adapter
-from lorapack.core.names import MODEL_ID, head_classes
+from lorapack.core.names import head_classes
 from lorapack.data.prepare import Reader
 from lorapack.errors import InputError
+from lorapack.read.files import refuse_elsewhere
 from lorapack.read.patterns import check_time
 from lorapack.write.form import peft_form
 
@@ -144,16 +144,6 @@ def load(
         base_model=source,
         device=where,
     )
-
-
-def refuse_elsewhere(source: str) -> None:
-    """Refuse a base model that is neither a directory nor an id, such as a URL: no other library is asked for it.
-
-    Raises:
-        InputError: it is.
-    """
-    if not Path(source).exists() and not MODEL_ID.fullmatch(source):
-        raise InputError(f"the base model {source} does not exist; name it with --base")
 
 
 def attach(adapter: Adapter, model: nn.Module, source: str) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorapack.core.names import MODEL_ID
 from lorapack.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,6 +73,16 @@ def refuse_special(path: Path) -> None:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path} cannot be read: it is no regular file")
+
+
+def refuse_elsewhere(source: str) -> None:
+    """Refuse a base model that is neither a directory nor an id, such as a URL: no other library is asked for it.
+
+    Raises:
+        InputError: it is.
+    """
+    if not Path(source).exists() and not MODEL_ID.fullmatch(source):
+        raise InputError(f"the base model {source} does not exist; name it with --base")
 
 
 def file_digests(directory: Path) -> dict[str, str]:

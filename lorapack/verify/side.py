@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lorapack.core.names import head_classes
 from lorapack.errors import InputError
-from lorapack.model.load import Device, DType, find_device, quiet, refuse_elsewhere
+from lorapack.model.load import Device, DType, find_device, quiet
 from lorapack.read.adapter import read_tensors
-from lorapack.read.files import CONFIG, read_json
+from lorapack.read.files import CONFIG, read_json, refuse_elsewhere
 from lorapack.read.patterns import check_time
 
 MODEL_CONFIG = "config.json"

@@ -42,6 +42,12 @@ def new_file(path: str | Path, *, overwrite: bool = False, inputs: tuple[str | P
             raise OutputError(f"{path} cannot be written: {refusal(error) or error}") from None
 
 
+def write_text(text: str, path: str | Path, *, overwrite: bool) -> None:
+    """A text as such a file; what no encoding has a letter for is spelled out."""
+    with new_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def refuse_existing(path: str | Path, overwrite: bool, *inputs: str | Path | None) -> None:
     """Refuse a path that is there, or that overlaps with an input.
 
