@@ -17,7 +17,6 @@ steps of one; the sessions take turns within one process, onnxruntime-genai's lo
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics as stats
 import subprocess
@@ -25,6 +24,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from facts import machine, spread, tell, versions
 from merge import MAKE, measured
 
 TOKENIZER = Path(__file__).parent.parent / "fixtures" / "stories260k"
@@ -118,10 +118,6 @@ print(json.dumps(list(each.values())))
 """
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(stats.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
-
-
 def ours(adapter: str, base: str, out: str, *more: str) -> list[str]:
     return [sys.executable, "-m", "lorapack", "export", adapter, "--base", base, "-o", out, *more]
 
@@ -178,11 +174,11 @@ def main() -> None:
         name: {"seconds": spread([s for s, _ in each]), "peak_mb": round(max(m for _, m in each), 1)}
         for name, each in runs.items()
     }
-    load = "".join(f"{value:.1f} " for value in os.getloadavg()).strip()
     result = {
         "what": f"bfloat16 Llama shape, {length / 1e6:.0f} MB, LoRA r=16 on all linear layers, exported in float32",
         "runs": given.runs,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores (load {load})",
+        "machine": machine(),
+        "versions": versions(),
         "export": rows,
         "first_peak_over_plain": round(rows["first"]["peak_mb"] / rows["plain"]["peak_mb"], 3),
         "checked_peak_over_plain": round(rows["checked"]["peak_mb"] / rows["plain"]["peak_mb"], 3),
@@ -194,9 +190,7 @@ def main() -> None:
             if name != "second"
         },
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    tell(result, given.out)
 
 
 def genai(python: str, merged: str, out: str, runs: int) -> list[float]:

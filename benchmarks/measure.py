@@ -15,17 +15,14 @@ kinds alternate, and ratios are of runs that followed each other.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from recovery import RANK, make_adapter, spread
+from facts import machine, spread, tell, versions
+from recovery import RANK, make_adapter
 
 from lorapack.core.adapter import Adapter, Factors
 from lorapack.data.batches import Batch, batches
@@ -154,13 +151,11 @@ def main() -> None:
             if n:  # the first round warms up
                 seconds[kind].append(found)
             print(n, kind, *(f"{s:.2f}" for s in found), flush=True)
-    busy = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"{Path(given.model).name}, {given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
         f"float32, rank {RANK} on {len(adapter.linear)} linear layers; {MANY} of rank {RANK_OF_MANY} in one pass",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads (load {busy})",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": machine(given.threads),
+        "versions": versions(),
         "runs": given.runs,
         "seconds": {
             kind: {"cpu": spread([c for c, _ in s]), "wall": spread([w for _, w in s])} for kind, s in seconds.items()
@@ -174,9 +169,7 @@ def main() -> None:
             if one in seconds and other in seconds
         },
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shutil
-import statistics as stats
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from facts import machine, spread, tell, versions
 
 PEFT = """
 import sys, torch
@@ -180,25 +180,22 @@ def main() -> None:
         modules = len(json.loads(Path(f"{adapter}/adapter_config.json").read_text())["target_modules"]) * given.layers
     rows = {
         name: {
-            "seconds": {"median": stats.median(t), "min": min(t), "max": max(t)},
+            "seconds": spread([seconds for seconds, _ in each]),
             "peak_mb": round(max(m for _, m in each), 1),
         }
         for name, each in runs.items()
-        for t in [[seconds for seconds, _ in each]]
     }
-    load = "".join(f"{value:.1f} " for value in os.getloadavg()).strip()
     result = {
         "what": f"bfloat16 Llama shape, {length / 1e6:.0f} MB, LoRA r=16 on {modules} linear layers",
         "runs": given.runs,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, other work running beside it (load {load})",
+        "machine": machine(),
+        "versions": versions(),
         **rows,
         "peft_seconds_over_ours": round(rows["peft"]["seconds"]["median"] / rows["lorapack"]["seconds"]["median"], 2),
         "peft_peak_over_ours": round(rows["peft"]["peak_mb"] / rows["lorapack"]["peak_mb"], 2),
         **bigger,
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,14 @@ By default the adapter is the fixture's, with the fixture's text; `fixtures/trai
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from facts import machine, versions
 
 from lorapack.core.plan import Plan
 from lorapack.core.report import Interval
@@ -69,12 +68,11 @@ def main() -> None:
             for budget in given.budgets:
                 found.append({"adapter": name, **compared(job, rows, statistics, method, budget)})
                 print(json.dumps(found[-1]), flush=True)
-    libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"{', '.join(adapters)} on {Path(given.base).name}, measured on {len(prepared.calibration)} rows, "
         f"evaluated on {len(rows)} others, no recovery; percent",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
         "found": found,
     }
     if given.out:

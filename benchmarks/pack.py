@@ -10,9 +10,6 @@ the best and the best against the worst.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics as stats
 import time
 import warnings
@@ -22,6 +19,7 @@ from typing import Any
 
 import peft
 import torch
+from facts import machine, spread, tell, versions
 from torch import nn
 
 from lorapack.core.adapter import Adapter, Factors, Pointer, size
@@ -69,10 +67,6 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def spread(found: list[float]) -> dict[str, float]:
-    return {"median": stats.median(found), "min": min(found), "max": max(found)}
-
-
 def over(peer: list[float], ours: list[float]) -> dict[str, float]:
     """How many times as long the peer took."""
     ratio = stats.median(peer) / stats.median(ours)
@@ -118,22 +112,18 @@ def main() -> None:
         ]
         for name, found in modules.items()
     }
-    load = "".join(f"{value:.1f} " for value in os.getloadavg()).strip()
-    versions = f"torch {torch.__version__}, peft {peft.__version__}"
     what = f"rank, budget 25%, Llama shape of width {given.width}, {given.layers} layers, rank {given.rank}, float32"
     result = {
         "what": what,
         "runs": given.runs,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads (load {load})",
-        "versions": versions,
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
         "lorapack_seconds": {metric: spread(found) for metric, found in own.items()},
         "peer_seconds_one_module": {n: {k: spread(t) for k, t in found.items()} for n, found in modules.items()},
         "peer_seconds_all_modules": {name: spread(found) for name, found in whole.items()},
         "peer_over_ours": {name: {m: over(whole[name], own[m]) for m in METRICS} for name in peers},
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

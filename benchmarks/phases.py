@@ -10,15 +10,14 @@ plans and packs with `rank` at half the size, and writes as `compress` does (flu
 import argparse
 import json
 import os
-import platform
 import shutil
-import statistics as stats
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+
+from facts import machine, spread, tell, versions
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "stories260k"
 SHAPES = {  # hidden, inner, layers, heads, key-value heads, vocabulary, tied
@@ -132,25 +131,17 @@ def main() -> None:
         for step, found in runs[0]["steps"].items()
     }
     after = [sum(run["steps"][step]["seconds"] for step in ("plan", "pack", "write")) for run in runs]
-    busy = " ".join(f"{value:.1f}" for value in os.getloadavg())
-    libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"random bfloat16 Llama of {given.shape} shape, rank {RANK} on {runs[0]['modules']} linear layers, "
         f"{given.rows} rows of {given.length} tokens, metric {given.metric}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads (load {busy})",
+        "machine": machine(given.threads),
         "device": given.device,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "versions": versions(),
         "runs": given.runs,
         "split": split,
         "plan_pack_write_seconds": spread(after),
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": stats.median(values), "min": min(values), "max": max(values)}
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ step there is more than one epoch, and lorapack remembers the teacher's hidden s
 
 import argparse
 import json
-import platform
 import resource
-import statistics as stats
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from facts import machine, spread, tell, versions
 
 RANK, CUT, LEARNING_RATE = 16, 4, 1e-3
 KINDS = ("lorapack", "trainer", "trainer, our batches")
@@ -215,15 +214,13 @@ def main() -> None:
     rates = {kind: [run["tokens"] / run["seconds"] for run in runs] for kind, runs in found.items()}
     work = {kind: [run["tokens"] / run["cpu"] for run in runs] for kind, runs in found.items()}
     peaks = {kind: [run["peak_mb"] for run in runs] for kind, runs in found.items()}
-    import peft
-    import transformers
 
     ours = KINDS[0]
     result = {
         "what": f"{Path(given.model).name}, {given.rows} prompt/completion rows, {given.batch_size} rows a step, "
         f"{given.steps} steps, float32, adapter of rank {RANK} on all linear layers cut to {CUT}",
-        "machine": f"{platform.machine()}, {given.threads} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, peft {peft.__version__}",
+        "machine": machine(given.threads),
+        "versions": versions(),
         "tokens_per_second": {kind: spread(rate) for kind, rate in rates.items()},
         "peak_mb": {kind: spread(peak) for kind, peak in peaks.items()},
         "tokens_per_cpu_second": {kind: spread(rate) for kind, rate in work.items()},
@@ -243,13 +240,7 @@ def main() -> None:
             if kind != ours and ours in peaks
         },
     }
-    print(json.dumps(result, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": stats.median(values), "min": min(values), "max": max(values)}
+    tell(result, given.out)
 
 
 if __name__ == "__main__":

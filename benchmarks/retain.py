@@ -8,14 +8,13 @@ is kept where the gain retained on the evaluation rows, without recovery, is at 
 
 import argparse
 import json
-import platform
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from facts import machine, versions
 
 from lorapack.core.adapter import size
 from lorapack.data.prepare import prepare
@@ -66,13 +65,12 @@ def main() -> None:
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    libraries = ("torch", "transformers", "peft")
     result = {
         "what": f"--retain {given.share:.0%} --method {given.method} on the fixture, {given.seeds} seeds",
         "kept": sum(row["kept"] for row in rows),
         "of": len(rows),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": machine(torch.get_num_threads()),
+        "versions": versions(),
         "seeds": rows,
     }
     print(f"{result['kept']} of {result['of']} seeds keep the promise")

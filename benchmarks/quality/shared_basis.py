@@ -15,12 +15,11 @@ held-out rows, without recovery.
 
 import argparse
 import json
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from record import machine, versions
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter, Factors, Pointer
@@ -134,11 +133,10 @@ def main() -> None:
     named = dict(each.split("=", 1) for each in given.sets)
     sets = {name: [read_adapter(Path(place)) for place in places.split(",")] for name, places in named.items()}
     sets["noise"] = [noisy(read_adapter(FIXTURES / "adapter"), seed) for seed in range(4)]
-    libraries = ("torch", "transformers", "peft")
     result = {
         "what": "gain retained, without recovery: a common basis with a core each, and each adapter cut alone",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        "machine": machine(),
+        "versions": versions(),
         "sets": {name: compare(adapters, given.rows) for name, adapters in sets.items()},
     }
     if given.out:
