@@ -59,7 +59,7 @@ def main() -> None:
         "torch float16 and the truth": (logits(model(torch.float16)), truth),
     }
     result = {
-        "what": f"{Path(given.base).name} with {Path(given.adapter).name}, {given.tokens} tokens, {truth.size:,} logits",
+        "what": f"{Path(given.base).name} and {Path(given.adapter).name}, {given.tokens} tokens, {truth.size:,} logits",
         "machine": machine(torch.get_num_threads()),
         "versions": versions(),
         "largest_logit": float(abs(truth).max()),
