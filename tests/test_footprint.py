@@ -5,11 +5,15 @@ import struct
 
 import pytest
 import torch
-from support import ADAPTER, attached, llama, run
+from support import ADAPTER, BASE, attached, llama, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorapack.data.batches import Batch
 from lorapack.errors import InputError
 from lorapack.footprint import plan_memory
+from lorapack.model.forward import run_body
+from lorapack.model.load import load
+from lorapack.model.point import place, point
 from lorapack.read import read_adapter
 
 
@@ -53,6 +57,26 @@ def test_a_base_of_140_gigabytes_is_planned_without_a_byte_of_it(tmp_path):
     found = json.loads(said.stdout)
     assert found["steps"]["measure"]["base"] == 2 * at  # float32 on the CPU
     assert not found["fits"] and found["peak"] > found["free"]["cpu"]
+
+
+def test_more_is_planned_for_a_token_than_the_backward_pass_keeps_of_it_and_not_many_times_as_much():
+    adapter = read_adapter(ADAPTER)
+    loaded = load(adapter, str(BASE), device="cpu")
+    point(loaded, place(adapter, loaded.device, trainable=True))
+    ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in loaded.model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run_body(loaded, Batch(ids, torch.ones_like(ids), ids, None, (0, 1, 2, 3)))
+    needed = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
+    assert needed
+    planned = plan_memory(adapter, str(BASE), device="cpu", batch_tokens=4096).steps["measure"]["activations"]
+    assert needed / ids.numel() <= planned / 4096 <= 3 * needed / ids.numel()
 
 
 def test_a_base_without_headers_is_named(tmp_path):
