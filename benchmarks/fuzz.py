@@ -29,8 +29,11 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from facts import machine
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -192,8 +195,9 @@ def main() -> None:
             now = found[name] = fuzz_on(name, min(SLICE, given.seconds - now["cpu_seconds"]), now)
             print(json.dumps(now), flush=True)
             if given.out:
-                text = json.dumps({"python": sys.version.split()[0], "readers": list(found.values())}, indent=1)
-                given.out.write_text(text + "\n")
+                made = {"python": sys.version.split()[0], "atheris": version("atheris")}
+                text = {"machine": machine(1), "versions": made, "readers": list(found.values())}
+                given.out.write_text(json.dumps(text, indent=1) + "\n")
             if now["crashed"]:
                 break
 
