@@ -179,6 +179,18 @@ def from_first(value: Item) -> Item:
     return decided
 
 
+def broken(error: Exception) -> bool:
+    """Whether torch says with this error that the connection broke: nccl by its type, gloo in words."""
+    from torch import distributed
+
+    return isinstance(error, distributed.DistError) or "gloo" in str(error)
+
+
+def ended() -> InputError:
+    """What to raise where another process has ended."""
+    return InputError("another of the processes has ended, so this one ends too; nothing was written")
+
+
 def _launched() -> bool:
     size = os.environ.get("WORLD_SIZE", "")
     return "RANK" in os.environ and size.isdecimal() and int(size) > 1
@@ -190,4 +202,4 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError:
-        raise InputError("another of the processes has ended, so this one ends too; nothing was written") from None
+        raise ended() from None

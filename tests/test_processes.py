@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import ADAPTER, BASE, CALIBRATION, HELDOUT
+from support import ADAPTER, BASE, CALIBRATION, HELDOUT, refused, run
 
 from lorapack.compress import compress_adapter
 from lorapack.core.plan import to_json
@@ -19,12 +19,19 @@ from lorapack.core.report import to_json as report_json
 from lorapack.core.statistics import from_tensors, to_tensors
 from lorapack.job import plan_adapter
 from lorapack.measure import measure_adapter
+from lorapack.model.load import load
 from lorapack.read import read_adapter
 from lorapack.read.files import read_safetensors
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SHARED = {"base": str(BASE), "sample": "13", "batch_tokens": 256}
-STEPS = {"budget": "30%", "recover_steps": 3, "objective": "kl"}
+STEPS = {
+    "budget": "30%",
+    "recover_steps": 3,
+    "objective": "kl",
+    "batch_size": 3,
+}  # of 7 rows: one step has a single row
+SHARD = ("--device", "shard")
 
 
 def launched(processes, *words):
@@ -64,10 +71,12 @@ def alone(data):
     return measure_adapter(read_adapter(ADAPTER), str(data / "rows.jsonl"), **SHARED)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_statistics_of_several_processes_are_those_of_one_and_so_are_the_plans(processes, alone, data, tmp_path):
+@pytest.mark.parametrize(("processes", "how"), [(2, ()), (4, ()), (3, SHARD)])  # no width is a multiple of 3
+def test_the_statistics_of_several_processes_are_those_of_one_and_so_are_the_plans(
+    processes, how, alone, data, tmp_path
+):
     out = tmp_path / "statistics"
-    arguments = ("measure", ADAPTER, "--data", data / "rows.jsonl", *spelled(SHARED), "-o", out)
+    arguments = ("measure", ADAPTER, "--data", data / "rows.jsonl", *spelled(SHARED), *how, "-o", out)
     printed, said = (run := started(processes, *arguments)).communicate(timeout=300)
     assert run.returncode == 0, said
     assert printed.count("Wrote") == 1
@@ -82,10 +91,11 @@ def test_the_statistics_of_several_processes_are_those_of_one_and_so_are_the_pla
     assert plans[0] == plans[1]
 
 
-def test_two_processes_compress_to_what_one_compresses_to(data, tmp_path):
+@pytest.mark.parametrize("how", [(), (*SHARD, "--checkpointing")])
+def test_two_processes_compress_to_what_one_compresses_to(how, data, tmp_path):
     rows, others = str(data / "rows.jsonl"), str(data / "others.jsonl")
     out = tmp_path / "out"
-    arguments = ("compress", ADAPTER, "--data", rows, "--eval-data", others, *spelled(SHARED | STEPS), "-o", out)
+    arguments = ("compress", ADAPTER, "--data", rows, "--eval-data", others, *spelled(SHARED | STEPS), *how, "-o", out)
     printed, said = (run := started(2, *arguments)).communicate(timeout=300)
     assert run.returncode == 0, said
     assert printed.count(f"Wrote {out}") == 1
@@ -111,9 +121,10 @@ def test_what_is_wrong_with_the_input_is_said_once(tmp_path):
     assert not printed and not list(tmp_path.iterdir())
 
 
-def test_one_process_that_dies_ends_all_with_one_line_and_nothing_written(data, tmp_path):
+@pytest.mark.parametrize("how", [(), SHARD])
+def test_one_process_that_dies_ends_all_with_one_line_and_nothing_written(how, data, tmp_path):
     out = tmp_path / "out"
-    arguments = ("compress", ADAPTER, "--data", data / "rows.jsonl", "--recover-steps", 10_000, *spelled(SHARED))
+    arguments = ("compress", ADAPTER, "--data", data / "rows.jsonl", "--recover-steps", 10_000, *spelled(SHARED), *how)
     run = started(2, *arguments, "--budget", "30%", "--state", tmp_path / "state", "-o", out)
     until = time.monotonic() + 240
     while not any(path.name.startswith(".out") for path in tmp_path.iterdir()) and time.monotonic() < until:
@@ -124,6 +135,34 @@ def test_one_process_that_dies_ends_all_with_one_line_and_nothing_written(data, 
     assert run.returncode != 0
     assert len(ours(said)) == 1 and "written" in ours(said)[0]
     assert not printed and not list(tmp_path.iterdir())
+
+
+def test_of_a_base_that_is_cut_each_process_keeps_its_part_of_the_layers_and_the_factors_whole(tmp_path):
+    (tmp_path / "keep.py").write_text(
+        "import json\n"
+        "from lorapack import processes\n"
+        "processes.join()\n"
+        "from lorapack.model.load import load\n"
+        "from lorapack.read import read_adapter\n"
+        f"loaded = load(read_adapter({str(ADAPTER)!r}), {str(BASE)!r}, device='shard')\n"
+        "kept = {n: getattr(p, '_local_tensor', p).numel() for n, p in loaded.model.named_parameters()}\n"
+        "found = processes.gathered(kept)\n"
+        "print(json.dumps(found) * processes.first())\n"
+    )
+    printed, said = (cut := launched(2, tmp_path / "keep.py")).communicate(timeout=300)
+    assert cut.returncode == 0, said
+    kept = json.loads(printed)
+    whole = {n: p.numel() for n, p in load(read_adapter(ADAPTER), str(BASE), device="cpu").model.named_parameters()}
+    for name, numbers in whole.items():
+        of_layer = ".layers." in name and "lora_" not in name
+        assert sum(part[name] for part in kept) == (numbers if of_layer else 2 * numbers), name
+    layers = [sum(count for n, count in part.items() if ".layers." in n and "lora_" not in n) for part in kept]
+    assert abs(layers[0] - layers[1]) < 0.01 * sum(layers)
+
+
+def test_a_base_is_cut_over_several_processes_only(data):
+    done = run("measure", ADAPTER, "--data", data / "rows.jsonl", "--base", BASE, *SHARD, "-o", data / "none")
+    assert "torchrun" in refused(done)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are listed by Linux")

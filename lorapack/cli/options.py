@@ -113,7 +113,9 @@ def _place(*more: str, about: str | None = None) -> Callable[[Command], Command]
 
 PLACE = _place()
 MODEL = together(
-    _place("split", about="split: over all GPUs, then the CPU, then the disk."),
+    _place(
+        "split", "shard", about="split: over all GPUs, then the CPU, then the disk; shard: over torchrun's processes."
+    ),
     click.option("--max-length", type=int, metavar="N", help="Tokens a row; longer ones are cut. [default: 512]"),
     click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens a batch."),
 )

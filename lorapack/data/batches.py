@@ -84,6 +84,12 @@ def chosen(batch: Batch, rows: Tensor, length: int) -> Batch:
     )
 
 
+def stand_in(of_tokens: bool) -> Batch:
+    """A row that is in no data, of two tokens; its labels are of each token, or of the row."""
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    return Batch(ids, torch.ones_like(ids), ids if of_tokens else ids[:, 0], None, (-1,))
+
+
 def collate(rows: Sequence[tuple[int, Encoded]], pad: int) -> Batch:
     length = max(len(row.input_ids) for _, row in rows)
 

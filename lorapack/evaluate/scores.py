@@ -57,9 +57,7 @@ def score(
     tables = {name: {field: np.zeros(rows) for field in FIELDS} for name in variants}
     with torch.no_grad():
         for batch in rounds(batches):
-            for places, found in (
-                piecewise(loaded, batch, partial(_scores, loaded, variants, reference)) if batch else ()
-            ):
+            for places, found in piecewise(loaded, batch, partial(_scores, loaded, variants, reference)):
                 for name, table in found.items():
                     for field, values in table.items():
                         tables[name][field][places] = values

@@ -83,8 +83,7 @@ def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights
 
     with hooked(hooks), torch.set_grad_enabled(loss):
         for batch in rounds(batches):
-            if batch is not None:
-                piecewise(loaded, batch, through, weights.totals.forget)
+            piecewise(loaded, batch, through, weights.totals.forget)
             weights.totals.settle()
 
 

@@ -67,7 +67,7 @@ def logits(loaded: Loaded, placed: Placed | None, found: Features, states: Tenso
         return states
     if placed is not None and acts_on_head(loaded):
         point(loaded, placed)
-    with _body_done(loaded, states[None]):
+    with _body_done(loaded, states[None].clone()):  # FSDP minds that its module gives a view
         ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
         output: Tensor = loaded.base(input_ids=ids, **no_cache(loaded)).logits[0]
     return single(output.to(states.device))

@@ -17,11 +17,12 @@ from lorapack.core.adapter import Adapter
 from lorapack.core.names import head_classes
 from lorapack.data.prepare import Reader
 from lorapack.errors import InputError
+from lorapack.model.shard import check_shardable, shard
 from lorapack.read.files import refuse_elsewhere
 from lorapack.read.patterns import check_time
 from lorapack.write.form import peft_form
 
-Device = Literal["auto", "cuda", "cpu", "split"]
+Device = Literal["auto", "cuda", "cpu", "split", "shard"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Task = Literal["CAUSAL_LM", "SEQ_CLS"]
 NAME = "default"
@@ -39,6 +40,7 @@ class Loaded:
         layers: PEFT's LoRA layer of every module of the adapter.
         task: what kind of head it has.
         base_model: the id or path it was loaded from.
+        sharded: whether its layers are cut over the processes (`lorapack.model.shard`).
     """
 
     model: nn.Module
@@ -47,6 +49,7 @@ class Loaded:
     task: Task
     base_model: str
     device: torch.device
+    sharded: bool = False
 
     @property
     def base(self) -> Any:
@@ -82,7 +85,8 @@ def load(
         adapter: its configuration names base and task.
         base: another place for the base model.
         device: ``auto`` takes a CUDA device where there is one; ``split`` lays the layers over all of them, and
-            what does not fit into the CPU's memory and, at last, into temporary files (accelerate's ``auto``).
+            what does not fit into the CPU's memory and, at last, into temporary files (accelerate's ``auto``);
+            ``shard`` cuts each layer over the processes (`lorapack.model.shard`).
         dtype: of the base weights; ``auto`` is float32 on the CPU and the checkpoint's on a GPU.
             The factors are always float32.
         max_length: the most tokens a row may have; `LONGEST` or the model's own limit by default.
@@ -95,6 +99,8 @@ def load(
     if not source:
         raise InputError("the adapter names no base model; name it with --base")
     refuse_elsewhere(source)
+    if device == "shard":
+        check_shardable()
     where = find_device(device)
     torch_dtype = _dtype(dtype, where)
     revision = adapter.config.get("revision") if base is None else None
@@ -128,7 +134,10 @@ def load(
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     check_fits(adapter, model, source)
-    attached = attach(adapter, model if device == "split" else model.to(where), source)
+    weights = set(model.parameters())
+    attached = attach(adapter, model if device in ("split", "shard") else model.to(where), source)
+    if device == "shard":
+        shard(attached, attached.get_base_model().base_model, weights, where)
     modules = dict(attached.base_model.model.named_modules())
     return Loaded(
         model=attached,
@@ -143,6 +152,7 @@ def load(
         task=task,
         base_model=source,
         device=where,
+        sharded=device == "shard",
     )
 
 

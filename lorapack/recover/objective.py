@@ -15,7 +15,7 @@ from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
 from lorapack.model.memory import piecewise
 from lorapack.model.point import Placed, point
-from lorapack.processes import gathered, rounds
+from lorapack.processes import anywhere, gathered, rounds
 from lorapack.recover.layers import compared, distance, recorded
 
 Objective = Literal["kl", "task", "both"]
@@ -41,7 +41,8 @@ class Teacher:
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The `values` of a batch and the states between its layers, (layers, n, width); no layers where not wanted."""
         point(self.loaded, self.placed)
-        if all(place in self._kept for place in batch.places):
+        lacking = any(place not in self._kept for place in batch.places)
+        if not (anywhere(lacking) if self.loaded.sharded else lacking):
             values, inside = zip(*(self._kept[place] for place in batch.places), strict=True)
             return torch.cat(values), torch.cat(inside, dim=1)
         with torch.no_grad(), precision(self.loaded), recorded(self.loaded, batch, self.layers) as between:
@@ -82,7 +83,7 @@ def measured(
         return total, len(seen)
 
     with torch.no_grad():
-        found = [piecewise(loaded, batch, run) if batch else [] for batch in rounds(batches)]
+        found = [piecewise(loaded, batch, run) for batch in rounds(batches)]
     total, count = 0.0, 0
     for one_round in zip(*gathered(found), strict=True):
         for value, number in chain.from_iterable(one_round):
