@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import active_children
@@ -81,7 +82,17 @@ def fleet(tmp_path_factory, rows) -> Callable[..., list[str]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, fleet) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    return out, run(*fleet(out, "--workers", "2"))
+    return out, run(*fleet(out, "--workers", "2", "--junit", str(out.with_suffix(".xml"))))
+
+
+def outcomes_in(path: Path) -> dict[str, tuple[str, str]]:
+    """Of a JUnit file, by the test's name: what its outcome is, and what is said of it."""
+    suite = ET.parse(path).getroot().find("testsuite")
+    cases = {case.get("name"): [*case, ET.Element("passed", message="")][0] for case in suite.iter("testcase")}
+    counted = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+    for count, tag in counted.items():
+        assert int(suite.get(count)) == sum(outcome.tag == tag for outcome in cases.values())
+    return {name: (outcome.tag, outcome.get("message")) for name, outcome in cases.items()}
 
 
 def summary(out: Path) -> tuple[str, dict]:
@@ -108,6 +119,9 @@ def test_a_bad_adapter_is_a_line_of_the_summary_and_the_others_are_made(undistur
     ):
         assert said in rows[name]["problem"], rows[name]
         assert not (out / name).exists()
+    tests = outcomes_in(out.with_suffix(".xml"))
+    assert [tag for tag, _ in tests.values()] == ["passed"] * GOOD + ["error"] * 4
+    assert tests["no-config"][1] == rows["no-config"]["problem"] and "x1b" in tests["evil"][1]
     for name in list(rows)[:GOOD]:
         assert read_adapter(out / name).linear
         assert rows[name]["compressed"] == reported(out / name).adapter["compressed"]
@@ -143,8 +157,10 @@ def test_a_second_run_leaves_what_is_finished_and_makes_the_rest(undisturbed, fl
     kept = {path.name: path.stat().st_ino for path in out.glob("adapter-*")}
     shutil.rmtree(out / "adapter-001")
     (out / "adapter-002" / "adapter_config.json").write_text("{}")  # somebody has been at it
-    done = run(*fleet(out, "--workers", "1", "--overwrite"))
+    done = run(*fleet(out, "--workers", "1", "--overwrite", "--junit", str(out.with_suffix(".xml"))))
     assert done.returncode == 2, done.stderr
+    tags = [tag for tag, _ in outcomes_in(out.with_suffix(".xml")).values()]
+    assert tags == ["skipped", "passed", "passed", "skipped"] + ["error"] * 4
     after, other = summary(out)
     assert after == before
     assert other["finished_before"] == ["adapter-000", "adapter-003"]
@@ -154,10 +170,13 @@ def test_a_second_run_leaves_what_is_finished_and_makes_the_rest(undisturbed, fl
 def test_a_missed_gate_is_exit_code_3_and_a_state_of_its_own(tmp_path):
     """Without data, by which no base is loaded."""
     adapter, out = perturbed(tmp_path, 1)[0], tmp_path / "out"
-    done = run(*f"fleet {adapter} --method rank --metric weight --budget 50% --max-params 10 -o {out}".split())
+    command = f"fleet {adapter} --method rank --metric weight --budget 50% --max-params 10 -o {out} --junit {out}.xml"
+    done = run(*command.split())
     assert done.returncode == 3 and "gate not met: by 1 of 1 adapters" in done.stderr, done.stderr
     assert json.loads((out / "fleet.json").read_text())["adapters"][0]["state"] == "gate missed"
     assert read_adapter(out / adapter.name).linear
+    tag, said = outcomes_in(Path(f"{out}.xml"))[adapter.name]
+    assert tag == "failure" and said.startswith("--max-params 10: ")
 
 
 def test_one_base_in_memory_gives_each_adapter_what_a_base_of_its_own_gives(rows, tmp_path):

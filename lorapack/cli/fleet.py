@@ -39,6 +39,7 @@ SHOWN = 40  # rows on the terminal; of a larger fleet only those that went wrong
 @options.SEED
 @options.MODEL
 @options.LIMITS
+@click.option("--junit", metavar="FILE", help="Write what became of each adapter as JUnit XML.")
 @options.JSON
 def fleet(
     adapters: tuple[str, ...],
@@ -68,19 +69,20 @@ def fleet(
 
     from click.core import ParameterSource
 
-    from lorapack.cli.gates import take_gates
+    from lorapack.cli.gates import take_gates, write_junit
     from lorapack.cli.progress import watch
     from lorapack.errors import GateError, InputError
     from lorapack.fleet import compress_fleet
     from lorapack.fleet.local import run_local
     from lorapack.fleet.on_ray import run_ray
+    from lorapack.fleet.summary import cases
     from lorapack.fleet.task import SUMMARY, named
     from lorapack.read.files import read_text
 
     context = click.get_current_context()
     if address and context.get_parameter_source("workers") is ParameterSource.COMMANDLINE:
         raise InputError("--workers is for this machine; with --ray the cluster says how many there are")
-    gates, _ = take_gates(settings, quality=data is not None, without="--data")
+    gates, junit = take_gates(settings, quality=data is not None, without="--data", tests_without=True)
     tasks = named(adapters, read_text(Path(listed)).splitlines() if listed else ())
     if not tasks:
         raise InputError("no adapter was given; name some, or a list with --adapters")
@@ -95,6 +97,8 @@ def fleet(
         watch=watch,
         **settings,
     )
+    if junit is not None:
+        write_junit(cases(summary), junit, "lorapack fleet")
     if as_json:
         say(Path(out, SUMMARY).read_text(encoding="utf-8"), nl=False)
     else:

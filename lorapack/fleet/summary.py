@@ -10,7 +10,8 @@ from lorapack.core.report import GateOutcome, Interval, Report, from_json
 from lorapack.errors import InputError
 from lorapack.fleet.task import Outcome, Task
 from lorapack.read.files import REPORT, read_text
-from lorapack.ship.gates import Gates, judge
+from lorapack.ship.gates import Gates, explained, judge
+from lorapack.ship.junit import Case
 
 VERSION = 1
 State = Literal["done", "gate missed", "failed"]
@@ -98,6 +99,25 @@ def _row(task: Task, report: Report, gates: Gates) -> Row:
         retained=report.quality.retained if report.quality else None,
         gates=told,
     )
+
+
+def cases(summary: Summary) -> list[Case]:
+    """One test an adapter: it fails on a gate, is an error without a result, and skipped if an earlier run made it."""
+    before = set(summary.run["finished_before"])
+    return [
+        _case(found, found.name in before, summary.run["seconds_each"].get(found.name, 0)) for found in summary.adapters
+    ]
+
+
+def _case(found: Row, before: bool, seconds: float) -> Case:
+    if found.state == "failed":
+        return Case(found.name, found.problem, "error", "failed")
+    missed = "; ".join(explained(outcome) for outcome in found.gates if not outcome.met)
+    if missed:
+        return Case(found.name, missed, "failure", seconds=seconds)
+    if before:
+        return Case(found.name, "finished by an earlier run", "skipped")
+    return Case(found.name, "; ".join(map(explained, found.gates)), seconds=seconds)
 
 
 def to_json(summary: Summary) -> str:
