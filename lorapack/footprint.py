@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,13 @@ from lorapack.recover.refit import TOKENS
 LIBRARIES = 370 * 10**6  # bytes of Python, torch, transformers and PEFT, on the CPU, before a model is there
 ALIVE = {"measure": 4, "recover": 5, "evaluate": 6}  # tensors as large as a chunk of logits, at the same time
 KEPT = 2.1  # copies of the input and output of every linear layer, for the backward pass: measured on two Llamas
+Command = Literal["compress", "measure", "recover", "evaluate"]
+STEPS: Mapping[Command, tuple[str, ...]] = {
+    "compress": ("measure", "refit", "recover", "evaluate"),
+    "measure": ("measure",),
+    "recover": ("refit", "recover", "evaluate"),
+    "evaluate": ("evaluate",),
+}
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -66,6 +73,7 @@ class _Base:
 def plan_memory(
     adapter: Adapter,
     base: str | None = None,
+    command: Command = "compress",
     *,
     recover_steps: int = 100,
     batch_size: int = 8,
@@ -75,15 +83,16 @@ def plan_memory(
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> Footprint:
-    """Estimate the memory of `lorapack.compress_adapter` with these settings.
+    """Estimate the memory of a command with these settings.
 
     For every token that is measured on or trained on, the input and the output of each linear layer count `KEPT`
     times. Rows count as if each were as long as it may be. What one step frees the next one has, so the
     largest step is what a run needs.
 
     Args:
-        adapter: to compress.
+        adapter: to compress, measure or evaluate; the teacher of a recovery.
         base: another place for the base model than the adapter names.
+        command: whose steps are planned, `STEPS`.
         recover_steps, batch_size, objective, max_length, batch_tokens, device, dtype: see
             `lorapack.compress_adapter`.
 
@@ -136,10 +145,10 @@ def plan_memory(
             "logits": head("evaluate", scored),
         },
     }
-    if not recover_steps:
-        steps = {name: parts for name, parts in steps.items() if name not in ("refit", "recover")}
+    left_out = () if recover_steps else ("refit", "recover") if command == "compress" else ("recover",)
+    taken = {name: always | steps[name] for name in STEPS[command] if name not in left_out}
     host = 0 if where.type == "cpu" else LIBRARIES + read.bytes
-    return Footprint(where.type, {name: always | parts for name, parts in steps.items()}, host, _free(where))
+    return Footprint(where.type, taken, host, _free(where))
 
 
 def _read(directory: Path, width: int) -> _Base:

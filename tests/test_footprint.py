@@ -15,6 +15,7 @@ from lorapack.model.forward import run_body
 from lorapack.model.load import load
 from lorapack.model.point import place, point
 from lorapack.read import read_adapter
+from lorapack.recover.recover import AT_ONCE
 
 
 def test_the_base_is_counted_as_it_lies_in_memory(tmp_path):
@@ -75,8 +76,38 @@ def test_more_is_planned_for_a_token_than_the_backward_pass_keeps_of_it_and_not_
         run_body(loaded, Batch(ids, torch.ones_like(ids), ids, None, (0, 1, 2, 3)))
     needed = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in weights)
     assert needed
-    planned = plan_memory(adapter, str(BASE), device="cpu", batch_tokens=4096).steps["measure"]["activations"]
-    assert needed / ids.numel() <= planned / 4096 <= 3 * needed / ids.numel()
+    for command, step, tokens in (
+        ("compress", "measure", 4096),
+        ("measure", "measure", 4096),
+        ("recover", "recover", AT_ONCE),
+    ):
+        found = plan_memory(adapter, str(BASE), command, device="cpu", batch_tokens=4096).steps
+        planned = found[step]["activations"] / tokens
+        assert needed / ids.numel() <= planned <= 3 * needed / ids.numel()
+
+
+@pytest.mark.parametrize(
+    ("command", "steps"),
+    [
+        (("measure", "-o", "out"), ["measure"]),
+        (("recover", "--steps", "30", "-o", "out", "--json"), ["refit", "recover", "evaluate"]),
+        (("recover", "--steps", "0", "--refit", "-o", "out", "--json"), ["refit", "evaluate"]),
+        (("evaluate", "--json"), ["evaluate"]),
+    ],
+)
+def test_each_command_plans_its_own_steps_as_compress_does(command, steps, tmp_path):
+    name, *more = command
+    given = ("--base", BASE, "--data", "never-read.jsonl", "--device", "cpu", "--batch-tokens", "2048")
+    done = run(name, ADAPTER, *more, *given, "--plan-memory", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    known = plan_memory(read_adapter(ADAPTER), str(BASE), device="cpu", batch_tokens=2048, recover_steps=30).steps
+    if "--json" in more:
+        found = json.loads(done.stdout)["steps"]
+        assert found == {step: {**known[step], "total": sum(known[step].values())} for step in steps}
+    else:
+        assert "refit" not in done.stdout
+        assert f"together {sum(known[steps[0]].values()) / 1e6:,.0f}" in " ".join(done.stdout.split())
 
 
 def test_a_base_without_headers_is_named(tmp_path):

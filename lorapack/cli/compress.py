@@ -28,7 +28,7 @@ from lorapack.cli.say import say
 @options.MODEL
 @options.GATES
 @options.REVISION
-@click.option("--plan-memory", is_flag=True, help="Say how much memory it will need, and end; nothing is loaded.")
+@options.PLAN_MEMORY
 @options.JSON
 def compress(
     adapter: str,
@@ -74,7 +74,7 @@ def compress(
     if plan_memory:
         from lorapack.cli.footprint import tell_memory
 
-        tell_memory(source, settings, as_json)
+        tell_memory(source, settings, "compress", as_json)
         return
     given = (adapter, data, settings["base"], source.base_model, settings["eval_data"], plan_file, statistics_file)
     with result(out, overwrite, *given) as directory:

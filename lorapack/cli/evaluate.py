@@ -16,9 +16,16 @@ from lorapack.cli.say import say
 @options.MODEL
 @options.GATES
 @options.REVISION
+@options.PLAN_MEMORY
 @options.JSON
 def evaluate(
-    adapter: str, data: str, original: str | None, revision: str | None, as_json: bool, **settings: Any
+    adapter: str,
+    data: str,
+    original: str | None,
+    revision: str | None,
+    plan_memory: bool,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
     """Evaluate ADAPTER on held-out rows, beside its base and its original.
 
@@ -40,8 +47,13 @@ def evaluate(
     gates, junit = take_gates(settings, quality=original is not None, without="--original")
     directory = find_adapter(adapter, revision)
     found = read_adapter(directory)
-    report = read_report(directory)
     first, second = (read_adapter(original), found) if original else (found, None)
+    if plan_memory:
+        from lorapack.cli.footprint import tell_memory
+
+        tell_memory(first, settings, "evaluate", as_json)
+        return
+    report = read_report(directory)
     quality, facts = evaluate_adapters(
         first, data, compressed=second, used=report.used_rows() if report else (), watch=watch, **settings
     )

@@ -7,14 +7,15 @@ from typing import Any
 from lorapack.cli.say import say
 from lorapack.cli.show import console, table
 from lorapack.core.adapter import Adapter
-from lorapack.footprint import plan_memory, to_json
+from lorapack.footprint import Command, plan_memory, to_json
 
 ASKED = ("recover_steps", "batch_size", "objective", "max_length", "batch_tokens", "device", "dtype")
 
 
-def tell_memory(adapter: Adapter, settings: Mapping[str, Any], as_json: bool) -> None:
-    """Print what the run with these settings will need."""
-    found = plan_memory(adapter, settings["base"], **{name: settings[name] for name in ASKED})
+def tell_memory(adapter: Adapter, settings: Mapping[str, Any], command: Command, as_json: bool = False) -> None:
+    """Print what a command with these settings will need."""
+    asked = {name: settings[name] for name in ASKED if name in settings}
+    found = plan_memory(adapter, settings["base"], command, **asked)
     if as_json:
         say(json.dumps(to_json(found), indent=1))
         return

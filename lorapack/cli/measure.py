@@ -21,6 +21,7 @@ from lorapack.cli.say import say
 @options.SEED
 @options.MODEL
 @options.REVISION
+@options.PLAN_MEMORY
 def measure(
     adapter: str,
     data: str,
@@ -29,6 +30,7 @@ def measure(
     method: str,
     method_options: dict[str, str],
     revision: str | None,
+    plan_memory: bool,
     **settings: Any,
 ) -> None:
     """Measure what a method needs to know of ADAPTER on the calibration part of some data.
@@ -45,6 +47,11 @@ def measure(
     from lorapack.processes import others_leave
     from lorapack.write.file import refuse_existing
 
+    if plan_memory:
+        from lorapack.cli.footprint import tell_memory
+
+        tell_memory(read_adapter(adapter, revision), settings, "measure")
+        return
     refuse_existing(out, overwrite, adapter, data, settings["base"])
     chosen, chosen_options = chosen_method(method, method_options)
     source = read_adapter(adapter, revision)

@@ -91,6 +91,9 @@ VERIFY = click.option(
     "--verify", is_flag=True, help="Load both and compare their outputs first; exit 3, nothing written, if they differ."
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+PLAN_MEMORY = click.option(
+    "--plan-memory", is_flag=True, help="Say how much memory it will need, and end; nothing is loaded."
+)
 SEED = click.option("--seed", type=int, default=0, show_default=True, help="Of everything that is random.")
 BASE = click.option("--base", metavar="MODEL", help="The base model's path or Hub id, if not as the adapter says.")
 

@@ -20,6 +20,7 @@ from lorapack.cli.say import say
 @options.SEED
 @options.MODEL
 @options.REVISION
+@options.PLAN_MEMORY
 @options.JSON
 def recover(
     adapter: str,
@@ -28,6 +29,7 @@ def recover(
     out: str,
     overwrite: bool,
     revision: str | None,
+    plan_memory: bool,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -54,15 +56,21 @@ def recover(
     from lorapack.recovery import recover_adapter
     from lorapack.write import put_adapter
 
+    original = read_adapter(teacher) if teacher else None
     place = find_adapter(adapter, revision)
     source, earlier = read_adapter(place), read_report(place)
+    if plan_memory:
+        from lorapack.cli.footprint import tell_memory
+
+        tell_memory(original or source, settings | {"recover_steps": settings["steps"]}, "recover", as_json)
+        return
     how = Settings(**{f.name: settings.pop(f.name) for f in fields(Settings) if f.name in settings})
     inputs = (adapter, teacher, data, settings["base"], source.base_model, settings["eval_data"])
     with result(out, overwrite, *inputs) as directory:
         made = recover_adapter(
             source,
             data,
-            teacher=read_adapter(teacher) if teacher else None,
+            teacher=original,
             settings=how,
             used=earlier.used_rows() if earlier else (),
             name=adapter_name(adapter),
