@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import COMMANDS, prepare, run
+from facts import machine, versions
 
 BLOCK = 4096
 PLENTY = 64 << 20
@@ -107,7 +108,8 @@ def main() -> None:
         table.append({"command": name, "disks": len(found) - 1, "enough_bytes": enough, "faults": len(faults)})
         print(json.dumps(table[-1]), *(f"\n  {each}" for each in faults[:3]), flush=True)
     if given.out:
-        given.out.write_text(json.dumps({"block": BLOCK, "step": given.step, "commands": table}, indent=1) + "\n")
+        facts = {"machine": machine(), "versions": versions(), "block": BLOCK, "step": given.step}
+        given.out.write_text(json.dumps({**facts, "commands": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from facts import machine, versions
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LIMIT = 200e6
@@ -92,7 +94,8 @@ def main() -> None:
         table.append(row)
         print(json.dumps(row), flush=True)
     if given.out:
-        given.out.write_text(json.dumps({"limit_mb": LIMIT / 1e6, "readers": table}, indent=1) + "\n")
+        facts = {"machine": machine(), "versions": versions(), "limit_mb": LIMIT / 1e6}
+        given.out.write_text(json.dumps({**facts, "readers": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

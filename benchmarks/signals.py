@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import COMMANDS, prepare, start
+from facts import machine, versions
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL)
 SAID = {"report.json", "README.md"}  # hold the time; `recover` writes its best so far after a signal
@@ -120,7 +121,8 @@ def main() -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if given.out:
-        given.out.write_text(json.dumps({"trials": given.trials, "commands": table}, indent=1) + "\n")
+        facts = {"machine": machine(), "versions": versions(), "trials": given.trials}
+        given.out.write_text(json.dumps({**facts, "commands": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
