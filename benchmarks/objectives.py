@@ -28,7 +28,8 @@ from prepare_text import LONGEST, passages  # noqa: E402
 RUNS = (
     ("few", "50%", 8, 3e-3, ("kl", "both")),
     ("many", "50%", 32, 3e-3, ("kl", "both", "task")),
-    ("many", "25%", 32, 1e-2, ("both", "task")),
+    ("many", "25%", 32, 1.5e-2, ("both", "task")),
+    ("many", "25%", 128, 2e-2, ("both",)),
 )
 
 

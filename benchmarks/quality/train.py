@@ -127,7 +127,7 @@ def fit(model: Any, task: Task, seen: Any, steps: int) -> list[tuple[int, float]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        sums.append(float(loss))
+        sums.append(float(loss.detach()))
         if len(sums) == max(1, steps // 10):
             curve.append((step, round(sum(sums) / len(sums), 4)))
             print(f"step {step}  loss {curve[-1][1]}", flush=True)

@@ -31,6 +31,7 @@ CHECKS = 6  # how often the selection rows are looked at
 PATIENCE = 3  # checks in a row without improvement after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check without improvement
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
+BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
 AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with more and needs the memory
 
 Stop = Callable[[], AbstractContextManager[Callable[[], bool]]]
@@ -273,7 +274,7 @@ def _optimizer(student: Placed, learning_rate: float) -> torch.optim.AdamW:
         {"params": [parameter], "share": users[name] ** -0.5 if part in ("A", "B") and users[name] else 1.0}
         for (name, part), parameter in student.trained().items()
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, weight_decay=0.0)
 
 
 @contextmanager
