@@ -5,6 +5,7 @@ shared out, and what they find is put together in an order that does not depend 
 first process alone writes and prints. Without `join` there is one process, and nothing here does anything.
 """
 
+import gc
 import os
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ Item = TypeVar("Item")
 Key = TypeVar("Key", bound=Hashable)
 
 _store: Any = None  # what all processes can read and write; None without others
+_row: Any = None  # all processes, as torch's tensors that are cut over them know them
 
 
 def join() -> None:
@@ -85,17 +87,31 @@ def others_leave() -> None:
     Raises:
         InputError: one of them has ended before.
     """
-    global _store
+    global _store, _row
     if _store is None:
         return
     from torch import distributed
 
     gathered(None)
     leaves = not first()
+    if _row is not None:  # torch's caches keep it, and with it the group and its threads (see `join`)
+        vars(_row).get("_pg_registry", {}).clear()
+        _row = None
+        gc.collect()  # a model that was cut knows the group as well
     _store = None
     distributed.destroy_process_group()
     if leaves:
         raise SystemExit(0)
+
+
+def in_a_row(device: str) -> Any:
+    """All processes as a `DeviceMesh` of one dimension, for tensors that are cut over them."""
+    global _row
+    if _row is None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        _row = init_device_mesh(device, (count(),))
+    return _row
 
 
 def rounds(items: Iterable[Item]) -> Iterator[Item | None]:

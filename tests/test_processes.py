@@ -171,7 +171,12 @@ def test_nothing_of_the_group_outlives_it_whatever_is_imported_between(tmp_path)
         "from pathlib import Path\n"
         "from lorapack import processes\n"
         "processes.join()\n"
-        "import peft\n"
+        "import peft, torch\n"
+        "from lorapack.model.load import load\n"
+        "from lorapack.read import read_adapter\n"
+        f"loaded = load(read_adapter({str(ADAPTER)!r}), {str(BASE)!r}, device='shard')\n"
+        "loaded.base(input_ids=torch.ones(1, 4, dtype=torch.long))\n"
+        "del loaded\n"
         "processes.others_leave()\n"
         "print(*(task.read_text().strip() for task in Path('/proc/self/task').glob('*/comm')))\n"
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lorapack.errors import InputError
-from lorapack.processes import count
+from lorapack.processes import count, in_a_row
 
 
 def check_shardable() -> None:
@@ -34,14 +34,13 @@ def shard(attached: nn.Module, body: nn.Module, base: Collection[nn.Parameter], 
     Raises:
         InputError: no layers, or weights that are not plain ones.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise InputError(f"--device shard: {type(body).__name__} has no layers that can be cut one by one")
-    mesh = init_device_mesh(device.type, (count(),))
+    mesh = in_a_row(device.type)
     own = {parameter for layer in layers for parameter in layer.parameters()} & set(base)
     if any(type(p.data) is not torch.Tensor or not p.is_floating_point() for p in own):
         raise InputError("--device shard: the base is quantised, and only plain weights can be cut")
