@@ -24,7 +24,7 @@ from lorapack.read import read_adapter
 from lorapack.read.files import read_safetensors
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-SHARED = {"base": str(BASE), "sample": "13", "batch_tokens": 256}
+SHARED = {"base": str(BASE), "sample": "13", "batch_tokens": 320}
 STEPS = {
     "budget": "30%",
     "recover_steps": 3,
@@ -71,7 +71,9 @@ def alone(data):
     return measure_adapter(read_adapter(ADAPTER), str(data / "rows.jsonl"), **SHARED)
 
 
-@pytest.mark.parametrize(("processes", "how"), [(2, ()), (4, ()), (3, SHARD)])  # no width is a multiple of 3
+@pytest.mark.parametrize(
+    ("processes", "how"), [(2, ()), (4, ()), (3, SHARD)]
+)  # 11 batches; no width is a multiple of 3
 def test_the_statistics_of_several_processes_are_those_of_one_and_so_are_the_plans(
     processes, how, alone, data, tmp_path
 ):
