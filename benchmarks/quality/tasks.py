@@ -34,7 +34,7 @@ class Task:
         rank, steps, batch_size, learning_rate: of the training; alpha is twice the rank.
         longest: tokens a row.
         sample: rows to calibrate on.
-        tested: at most so many test rows (the first, in the order of the cut).
+        tested: at most so many test rows (the first, in the order of the cut); lorapack draws 1000 of more.
         recovery_rate: learning rate of the recovery, the same for all arms.
     """
 
@@ -118,8 +118,15 @@ GLUE = {
         "tested": 277,
         "longest": 64,
     },
-    "cola": {"cut": glue("cola", 1200), "steps": 450, "batch_size": 32, "learning_rate": 2e-3, "tested": 1000},
-    "mrpc": {"cut": glue("mrpc", 1100, "test"), "steps": 250, "batch_size": 16, "learning_rate": 2e-3, "tested": 600},
+    "cola": {"cut": glue("cola", 1200), "steps": 450, "batch_size": 32, "learning_rate": 2e-3, "tested": 1043},
+    "mrpc": {
+        "cut": glue("mrpc", 1100, "test"),
+        "steps": 320,
+        "batch_size": 16,
+        "learning_rate": 6e-4,
+        "tested": 1725,
+        "longest": 64,
+    },
     "sst2": {"cut": glue("sst2", 1200), "steps": 400, "batch_size": 32, "learning_rate": 2e-3, "tested": 872},
 }
 LONGER = {"steps": 1500, "learning_rate": 5e-4, "longest": 128}  # on a GPU
