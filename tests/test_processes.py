@@ -150,6 +150,8 @@ def test_of_a_base_that_is_cut_each_process_keeps_its_part_of_the_layers_and_the
         "kept = {n: getattr(p, '_local_tensor', p).numel() for n, p in loaded.model.named_parameters()}\n"
         "found = processes.gathered(kept)\n"
         "print(json.dumps(found) * processes.first())\n"
+        "del loaded\n"
+        "processes.others_leave()\n"
     )
     printed, said = (cut := launched(2, tmp_path / "keep.py")).communicate(timeout=300)
     assert cut.returncode == 0, said
