@@ -91,7 +91,8 @@ def setting(
             most_recovery=most_recovery,
         )
 
-    prepared, first = cut(seed), cut(0)
+    prepared = cut(seed)
+    first = prepared if seed == 0 else cut(0)
     # of more than 1000 test rows every seed would draw its own, and seeds are paired row by row
     prepared = replace(prepared, evaluation=first.evaluation)
     parts = prepared.facts["parts"] | {"evaluation": first.facts["parts"]["evaluation"]}
