@@ -93,9 +93,10 @@ def compared(
     job: Job, rows: Sequence[Encoded], statistics: Mapping[str, Statistics], method: str, budget: str
 ) -> dict[str, Any]:
     """What a method makes of each of the statistics (and `YARDSTICK` of none) at one budget."""
-    plans = {kind: planned(job, each, method, budget) for kind, each in statistics.items()}
-    plans["weight"] = planned(job, None, YARDSTICK, budget)
-    made = {kind: packed(job, plan, statistics.get(kind)) for kind, plan in plans.items()}
+    planned = {kind: best(job, each, method, budget) for kind, each in statistics.items()}
+    planned["weight"] = best(job, None, YARDSTICK, budget)
+    plans = {kind: plan for kind, (plan, _) in planned.items()}
+    made = {kind: packed(job, plan, measured) for kind, (plan, measured) in planned.items()}
     seen = scores(job, rows, {"original": job.adapter, "nothing": None, **made}, "evaluate")
     counts = resamples(len(rows), 0)
     losses = {variant: loss(counts, each) for variant, each in seen.items()}
@@ -110,7 +111,7 @@ def compared(
     }
 
 
-def planned(job: Job, statistics: Statistics | None, method: str, budget: str) -> Plan:
+def best(job: Job, statistics: Statistics | None, method: str, budget: str) -> tuple[Plan, Statistics | None]:
     chosen, values = chosen_method(*parse_method(method))
     return best_plan(job, statistics, chosen, plan_budget(budget, job.adapter), values)
 

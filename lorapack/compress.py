@@ -183,13 +183,14 @@ def compress_adapter(
     with steps.step("measure"):
         if statistics is None:
             statistics = measure(job, {_needed_by(plan, adapter) if plan else chosen.needs(options)})
+    first = statistics
     search: Search | None = None
     with steps.step("plan"):
         if plan is None and retain is not None:
             plan, search = smallest_plan(job, statistics, chosen, options, retain)
         elif plan is None:
             limit = plan_budget(budget, adapter, store) if budget is not None else None
-            plan = best_plan(job, statistics, chosen, limit, options)
+            plan, statistics = best_plan(job, statistics, chosen, limit, options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
     refitted, recovery = None, None
@@ -209,6 +210,7 @@ def compress_adapter(
         "seed": seed,
         "refit": asdict(refitted) if refitted else None,
         "retain": asdict(search) if search else None,
+        "measured_again": statistics is not first,
         "dtype": str(next(loaded.base.parameters()).dtype).removeprefix("torch."),
         "device": loaded.device.type,
         "batch_tokens": batch_tokens,

@@ -15,7 +15,7 @@ from lorapack.data.prepare import Prepared
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
-from lorapack.measure.measure import measure_rows
+from lorapack.measure.measure import measure_rows, measure_rows_again
 from lorapack.measure.moments import measure_inputs
 from lorapack.measure.sums import Average
 from lorapack.model.head import at_once
@@ -215,15 +215,41 @@ def check_measured(adapter: Adapter, statistics: Statistics) -> None:
 
 def best_plan(
     job: Job, statistics: Statistics | None, method: Method, budget: int | None, options: Mapping[str, Any]
-) -> Plan:
+) -> tuple[Plan, Statistics | None]:
     """The method's plan; where it has options to try that are not given, the best of several on the selection rows.
 
-    The best is the nearest to the original's predictions (least divergence), without recovery.
+    The best is the nearest to the original's predictions (least divergence), without recovery. A method that wants it
+    (`Method.again`) is asked once more with what is measured where its first plan has changed the model; the better of
+    both plans is taken.
+
+    Returns:
+        The plan, and the statistics that it was made from and has to be packed with.
 
     Raises:
         InputError: what the method refuses.
     """
-    return _tried(job, statistics, method, budget, options)[0]
+    plan, seen = _tried(job, statistics, method, budget, options)
+    on_base = (
+        statistics is not None and statistics.provenance.get("activations") == "base"
+    )  # one pass for many adapters
+    if statistics is None or not method.again or on_base or not job.prepared.selection:
+        return plan, statistics
+    again = measure_rows_again(
+        job.loaded,
+        job.adapter,
+        packed(job, plan, statistics),
+        job.prepared,
+        statistics,
+        average=job.average,
+        batch_tokens=job.batch_tokens,
+        watch=job.watch,
+    )
+    other, seen_again = _tried(job, again, method, budget, options)
+    distances = [
+        _distance(seen or _selected(job, plan, statistics)),
+        _distance(seen_again or _selected(job, other, again)),
+    ]
+    return (plan, statistics) if distances[0] <= distances[1] else (other, again)
 
 
 def _tried(
@@ -242,12 +268,28 @@ def _tried(
     ]
     if len(plans) == 1 or not job.prepared.selection:
         return plans[0], None
-    of_store = sides(job.adapter, statistics if job.store else None)
-    made = [store_adapter(packed(job, plan, statistics), job.store, of_store) for plan in plans]
+    made = [_made(job, plan, statistics) for plan in plans]
     compared = {"original": job.adapter} | {str(n): adapter for n, adapter in enumerate(made)}
     found = scores(job, job.prepared.selection, compared, "try")
-    best = min(range(len(plans)), key=lambda n: float(found[str(n)].divergence.sum()))
+    best = min(range(len(plans)), key=lambda n: _distance(found[str(n)]))
     return plans[best], found[str(best)]
+
+
+def _made(job: Job, plan: Plan, statistics: Statistics | None) -> Adapter:
+    """What a plan comes to, as it will be stored."""
+    return store_adapter(
+        packed(job, plan, statistics), job.store, sides(job.adapter, statistics if job.store else None)
+    )
+
+
+def _selected(job: Job, plan: Plan, statistics: Statistics) -> Scores:
+    compared = {"original": job.adapter, "compressed": _made(job, plan, statistics)}
+    return scores(job, job.prepared.selection, compared, "try")["compressed"]
+
+
+def _distance(found: Scores) -> float:
+    """From the original, summed over the predictions."""
+    return float(found.divergence.sum())
 
 
 def smallest_plan(
@@ -278,8 +320,7 @@ def smallest_plan(
         except InputError:  # too small for any plan
             return None
         if seen is None:
-            of_store = sides(job.adapter, statistics if job.store else None)
-            smaller = store_adapter(packed(job, plan, statistics), job.store, of_store)
+            smaller = _made(job, plan, statistics)
             seen = scores(job, job.prepared.selection, {"compressed": smaller}, "search")["compressed"]
         found = quality(known | {"compressed": seen}, job.loaded.reader.classes, job.seed).retained
         if found is None or found.low is None:

@@ -113,17 +113,17 @@ def sweep_adapter(
     for text, name, options in chosen:
         for budget, limit in limits:
             try:
-                plan = best_plan(job, statistics, METHODS[name], limit, options)
+                plan, measured = best_plan(job, statistics, METHODS[name], limit, options)
             except InputError as error:
                 points.append(Point(text, budget, 0, 0.0, None, str(error)))
                 continue
-            smaller = packed(job, plan, statistics)
+            smaller = packed(job, plan, measured)
             if recover_steps:
                 smaller = store_adapter(smaller, "fp32" if store else None)
                 rows = (prepared.to_learn_from, prepared.selection)
                 how = Settings(steps=recover_steps, batch_size=batch_size)
                 smaller, _ = recover(loaded, adapter, smaller, *rows, how, batch_tokens=batch_tokens, seed=seed)
-            smaller = store_adapter(smaller, store, sides(adapter, statistics))
+            smaller = store_adapter(smaller, store, sides(adapter, measured))
             count = size(smaller).parameters
             quality = figures(job, prepared.evaluation, smaller, f"{text} {budget}")
             points.append(Point(text, budget, count, count / whole, quality))

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 from support import ADAPTER, BASE, CALIBRATION, FIXTURES, HELDOUT
@@ -13,6 +14,7 @@ from lorapack.core.report import from_json, to_json
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
 from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, smallest_plan
+from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.load import load
 from lorapack.plan import METHODS
 from lorapack.sweep import parse_method
@@ -92,8 +94,9 @@ def test_options_of_a_method_are_read_as_numbers_where_they_are():
 
 def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_taken(job):
     statistics = measure(job, {"backward"})
-    method, limit = chosen_method("adaptive", {})[0], size(job.adapter).parameters // 16
-    best = best_plan(job, statistics, method, limit, {})
+    method, limit = replace(chosen_method("adaptive", {})[0], again=False), size(job.adapter).parameters // 16
+    best, measured = best_plan(job, statistics, method, limit, {})
+    assert measured is statistics
     distances = {}
     for peak, metric in itertools.product((None, 1.0), ("fisher", "loss")):
         plan = method.run(job.adapter, statistics, limit, {"peak": peak, "metric": metric})
@@ -102,7 +105,29 @@ def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_t
     assert len(set(distances.values())) > 1
     assert (best.options["peak"], best.options["metric"]) == min(distances, key=distances.get)
     given = {"peak": 1.0, "metric": "loss"}
-    assert best_plan(job, statistics, method, limit, given) == method.run(job.adapter, statistics, limit, given)
+    assert best_plan(job, statistics, method, limit, given)[0] == method.run(job.adapter, statistics, limit, given)
+
+
+@pytest.mark.parametrize("given", [{}, {"peak": None, "metric": "fisher"}])
+def test_measured_again_with_what_is_left_the_default_keeps_more_and_never_less_of_the_selection_rows(job, given):
+    statistics = measure(job, {"backward"})
+    method, limit = chosen_method("adaptive", {})[0], size(job.adapter).parameters // 8
+    found = []
+    for again in (False, True):
+        plan, measured = best_plan(job, statistics, replace(method, again=again), limit, given)
+        smaller = packed(job, plan, measured)
+        assert size(smaller).parameters <= limit
+        rows = job.prepared.selection, job.prepared.evaluation
+        found.append([figures(job, part, smaller).divergence.value for part in rows])
+    (selection, unseen), (selection_again, unseen_again) = found
+    assert selection_again < selection
+    assert unseen_again < unseen
+
+
+def test_an_adapter_measured_with_others_in_one_pass_is_not_measured_again(job):
+    statistics = measure_rows_on_base(job.loaded, {"": job.adapter}, job.prepared, "backward")[""]
+    _, measured = best_plan(job, statistics, chosen_method("adaptive", {})[0], size(job.adapter).parameters // 8, {})
+    assert measured is statistics
 
 
 def test_the_default_cuts_in_the_metric_that_decided_its_ranks(job):

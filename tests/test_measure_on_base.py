@@ -1,5 +1,6 @@
-"""Several adapters in one pass of the base, against the base's own activations, added up token by token in float64."""
+"""An adapter measured where the model computes without it, or with another: added up token by token in float64."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,14 +8,16 @@ import pytest
 import torch
 from support import attached, bert, gpt2, llama, lora
 
-from lorapack.core.statistics import add
+from lorapack.core.statistics import add, both
 from lorapack.data.batches import batches
 from lorapack.data.encode import IGNORED, Encoded
 from lorapack.errors import InputError
+from lorapack.measure.elsewhere import measure_moments_elsewhere
 from lorapack.measure.moments import measure_moments
 from lorapack.measure.on_base import measure_moments_on_base
 from lorapack.model.load import load
 from lorapack.model.point import place, point
+from lorapack.pack.truncate import shares, truncate
 from lorapack.read import read_adapter
 
 LENGTHS = (9, 4, 1, 6, 12)
@@ -157,6 +160,64 @@ def test_an_adapter_that_adds_nothing_is_measured_exactly(case):
     on_base = measure_moments_on_base(case.loaded, {"zero": zero}, case.batches)["zero"]
     for m in zero.linear:
         same(on_base.modules[m].forward, with_it.modules[m].forward, 1e-6)  # `place` makes factors of float32
+
+
+def cut(adapter):
+    """The adapter at rank one, and without its last module."""
+    *kept, _ = adapter.linear
+    pool = {name: truncate(adapter.pool[name], 1, "weight")[0] for name in kept}
+    return adapter.with_pool(pool, {m: adapter.modules[m] for m in kept})
+
+
+@pytest.mark.parametrize("average", ["token", "sample"])
+def test_elsewhere_the_moments_are_the_sums_over_what_the_modules_see_with_the_other_adapter_merged(case, average):
+    adapter, at = case.adapters["0"], cut(case.adapters["0"])
+    found = measure_moments_elsewhere(case.loaded, adapter, at, case.batches, average=average)
+    merged = copy.deepcopy(case.base)
+    with torch.no_grad():
+        for m in at.linear:
+            update = at.scale(m) * at.factors(m).B.double() @ at.factors(m).A.double()
+            weight = merged.get_submodule(m).weight
+            weight += update.T if case.name == "gpt2" else update
+    tables = seen(SimpleNamespace(base=merged, batches=case.batches), adapter.linear)
+    alone = seen(case, adapter.linear)
+    assert list(found.modules) == adapter.linear
+    for m in adapter.linear:
+        for part, expected in naive(adapter, m, tables[m], average).items():
+            same(getattr(found.modules[m], part), expected, 1e-5)
+    last = adapter.linear[-1]
+    with pytest.raises(AssertionError):  # the other adapter matters
+        same(found.modules[last].forward, naive(adapter, last, alone[last], average)["forward"], 1e-3)
+
+
+def test_elsewhere_with_the_adapter_itself_nothing_is_new(case):
+    adapter = case.adapters["0"]
+    point(case.loaded, place(adapter, case.loaded.device))
+    usual = measure_moments(case.loaded, adapter.linear, case.batches, loss=True)
+    found = measure_moments_elsewhere(case.loaded, adapter, adapter, case.batches)
+    for m in adapter.linear:
+        for part in ("forward", "backward", "cross", "row_forward", "row_backward", "token_forward", "token_backward"):
+            same(getattr(found.modules[m], part), getattr(usual.modules[m], part), 1e-5)
+    assert all(not module._forward_hooks for module in case.loaded.model.modules())
+
+
+def test_two_measurements_have_an_equal_say_however_large_the_slopes_of_the_second_are(case):
+    """Slopes c times as large: what plans look at, the values of atoms, stays what it was."""
+    adapter = case.adapters["0"]
+    first = measure_moments_on_base(case.loaded, {"": adapter}, case.batches, loss=True)[""]
+    second = measure_moments_elsewhere(case.loaded, adapter, cut(adapter), case.batches)
+    powers = {"backward": 2, "cross": 1, "row_forward": 2, "row_backward": 2, "token_forward": 2, "token_backward": 2}
+    steeper = {
+        m: replace(moments, **{part: 7.0**power * getattr(moments, part) for part, power in powers.items()})
+        for m, moments in second.modules.items()
+    }
+    one, other, twice = both(first, second), both(first, replace(second, modules=steeper)), both(first, first)
+    for m in adapter.linear:
+        for metric in ("loss", "fisher"):
+            values = [shares(adapter.factors(m), metric, s.modules[m]) for s in (one, other, twice, first)]
+            torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=0)
+            assert not torch.allclose(values[0], values[2], rtol=1e-3)
+            torch.testing.assert_close(values[2] / values[2].sum(), values[3] / values[3].sum(), rtol=1e-9, atol=1e-15)
 
 
 def test_the_model_is_left_frozen_without_hooks_and_measures_as_before(case):

@@ -173,7 +173,7 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Rec
     original = here.job.adapter
     started = time.time()
     limit = plan_budget(f"{entry['budget']}%", original, recipe.store)
-    plan = best_plan(replace(here.job, store=recipe.store), statistics, method, limit, chosen)
+    plan, statistics = best_plan(replace(here.job, store=recipe.store), statistics, method, limit, chosen)
     smaller = packed(here.job, plan, statistics)
     entry |= {"status": "done", "pack_seconds": time.time() - started}
     if entry["recovery"] and smaller.linear:

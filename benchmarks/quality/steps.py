@@ -81,7 +81,7 @@ def main() -> None:
 def pack(here: Setting, name: str, limit: int, share_init: Any) -> Adapter:
     method, options = chosen_method(name, {})
     statistics = measure(here.job, {method.needs(options)})
-    plan = best_plan(here.job, statistics, method, limit, options)
+    plan, statistics = best_plan(here.job, statistics, method, limit, options)
     if share_init == "closed":
         return packed(here.job, plan, statistics)
     return pack_adapter(here.job.adapter, plan, statistics, None, share_init, here.seed)

@@ -146,6 +146,38 @@ def add(first: Statistics, second: Statistics) -> Statistics:
     )
 
 
+def both(first: Statistics, second: Statistics) -> Statistics:
+    """One adapter's moments measured in two places of the model, with an equal say.
+
+    What an adapter that has lost much leaves to do makes the slopes larger, so those of the second count in the measure
+    of the first: all but its forward moments are multiplied by the ratio of the sums, over the modules, of
+    ``tr(forward backward)``, the mean of ``(u^T h)^2`` for u and h that are independent.
+
+    Args:
+        first, second: of the same modules, with backward moments, on the same rows.
+
+    Returns:
+        The sums of both, with the facts of the first; what is learnt, or of the factors, is not in it.
+    """
+    sizes = [sum(float((m.forward * _there(m.backward)).sum()) for m in s.modules.values()) for s in (first, second)]
+    ratio = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
+
+    def total(part: str, one: Moments, two: Moments) -> Tensor:
+        theirs = _there(getattr(two, part))
+        return _there(getattr(one, part)) + (theirs if part == "forward" else ratio * theirs)
+
+    modules = {
+        name: Moments(**{part: total(part, moments, second.modules[name]) for part in _SQUARE})
+        for name, moments in first.modules.items()
+    }
+    return replace(first, modules=modules, weight=first.weight + second.weight)
+
+
+def _there(moment: Tensor | None) -> Tensor:
+    assert moment is not None
+    return moment
+
+
 def output_norms(adapter: Adapter, statistics: Statistics) -> dict[str, float]:
     """E||scale * B h||^2 of every measured module: the mean squared norm of the LoRA output.
 

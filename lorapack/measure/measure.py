@@ -3,10 +3,11 @@
 from collections.abc import Collection, Mapping
 
 from lorapack.core.adapter import Adapter, digest
-from lorapack.core.statistics import Need, Statistics
+from lorapack.core.statistics import Need, Statistics, both
 from lorapack.data.batches import batches, training_batches
 from lorapack.data.prepare import Prepared
 from lorapack.errors import InputError
+from lorapack.measure.elsewhere import measure_moments_elsewhere
 from lorapack.measure.gradients import measure_gradients
 from lorapack.measure.moments import measure_moments
 from lorapack.measure.omega import learn_omega
@@ -63,6 +64,32 @@ def measure_rows(
         omega, allowed = learn_omega(loaded, adapter, small, watch)
         found = found.having({m: {"omega": weights} for m, weights in omega.items()}, omega=allowed)
     return found
+
+
+def measure_rows_again(
+    loaded: Loaded,
+    adapter: Adapter,
+    smaller: Adapter,
+    prepared: Prepared,
+    first: Statistics,
+    *,
+    average: Average = "token",
+    batch_tokens: int = 4096,
+    watch: Watch = unwatched,
+) -> Statistics:
+    """The backward moments of an adapter, measured with itself before, and with what a plan made of it now.
+
+    Args:
+        loaded: the base; it is left pointing to the smaller one.
+        adapter: to measure.
+        smaller: of the same modules.
+        prepared: its calibration rows are used.
+        first: measured with the adapter itself.
+        average, batch_tokens, watch: see `measure_rows`.
+    """
+    seen = batches(prepared.calibration, loaded.tokens_with_logits(batch_tokens), loaded.pad)
+    watched = watch("measure again", seen)
+    return both(first, measure_moments_elsewhere(loaded, adapter, smaller, watched, average=average))
 
 
 def measure_rows_on_base(

@@ -59,12 +59,15 @@ class Method:
         summary: one line for `lorapack methods`.
         tried: values of an option that `compress` and `sweep` try, where it is not given, keeping the
             one that measures best on the selection rows.
+        again: whether `compress` and `sweep` measure once more, with what the plan has made of the adapter, and try
+            what both measurements together say as well.
     """
 
     plan: Callable[..., Plan]
     needs: Callable[[Mapping[str, Any]], Need]
     summary: str
     tried: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    again: bool = False
 
     @property
     def options(self) -> dict[str, Option]:

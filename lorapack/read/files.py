@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,9 +111,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
         check_header(path)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors, dict(file.metadata() or {})
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(diagnose(path, error)) from None
+    _refuse_narrow(tensors, path)
+    return tensors, metadata
+
+
+def _refuse_narrow(tensors: Mapping[str, "Tensor"], path: Path) -> None:
+    """torch stores floats of 8 bits and fewer, but cannot even say whether they are finite.
+
+    Raises:
+        InputError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.element_size() < 2:
+            raise InputError(
+                f"{path}: {name} is stored as {tensor.dtype}, which is not computed with: store it as float32, "
+                "bfloat16 or float16"
+            )
 
 
 def check_header(path: Path) -> None:
@@ -198,6 +215,7 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: {name} claims more numbers than the file holds")
+    _refuse_narrow(state, path)
     return dict(state)
 
 

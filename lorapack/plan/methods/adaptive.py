@@ -135,4 +135,5 @@ METHOD = Method(
     lambda options: "backward",
     "ranks by what a cut does to the loss, and sharing where it pays (the default)",
     {"metric": ("fisher", "loss"), "peak": (None, 1.0)},
+    again=True,
 )
