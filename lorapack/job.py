@@ -229,9 +229,8 @@ def best_plan(
         InputError: what the method refuses.
     """
     plan, seen = _tried(job, statistics, method, budget, options)
-    on_base = (
-        statistics is not None and statistics.provenance.get("activations") == "base"
-    )  # one pass for many adapters
+    # statistics of many adapters in one pass of the base: another pass for each is what they are to save
+    on_base = statistics is not None and statistics.provenance.get("activations") == "base"
     if statistics is None or not method.again or on_base or not job.prepared.selection:
         return plan, statistics
     again = measure_rows_again(

@@ -1,6 +1,6 @@
 """The moments of an adapter where the model computes with another one: with what a first plan made of it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from lorapack.core.statistics import Statistics
 from lorapack.data.batches import Batch
 from lorapack.measure.moments import run
 from lorapack.measure.sums import Average, Sums, Weights
+from lorapack.model.forward import single
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 
@@ -22,7 +23,6 @@ def measure_moments_elsewhere(
     batches: Iterable[Batch],
     *,
     average: Average = "token",
-    provenance: Mapping[str, Any] | None = None,
 ) -> Statistics:
     """Sum an adapter's moments, the backward ones too, on the inputs and slopes that its modules have with `at`.
 
@@ -36,7 +36,6 @@ def measure_moments_elsewhere(
         at: of the same modules.
         batches: of rows; padding is left out.
         average: each token weighs 1, or each row does.
-        provenance: facts to keep with the result.
 
     Raises:
         InputError: a module that is never reached, or whose tokens cannot be told from padding.
@@ -53,14 +52,14 @@ def measure_moments_elsewhere(
         b = adapter.scale(module) * b
 
         def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-            x = _single(given[0].detach())
+            x = single(given[0].detach())
             h = x @ a.to(x).T
             sums.forward(module, h)
             if not y.requires_grad:
                 y.requires_grad_()  # frozen factors: the graph begins here
 
             def backward(slope: Tensor) -> None:
-                slope = _single(slope)
+                slope = single(slope)
                 sums.backward(module, h, slope @ b.to(slope))
 
             y.register_hook(backward)  # type: ignore[no-untyped-call]
@@ -69,9 +68,4 @@ def measure_moments_elsewhere(
 
     point(loaded, place(at, loaded.device))
     run(loaded, {m: (loaded.layers[m], hook(m)) for m in factors}, batches, weights, loss=True)
-    return sums.statistics("", factors, provenance or {})
-
-
-def _single(values: Tensor) -> Tensor:
-    """In float32 where they are coarser, as PEFT computes a LoRA branch whose factors are float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return sums.statistics("", factors, {})

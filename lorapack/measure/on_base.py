@@ -20,6 +20,7 @@ from lorapack.data.batches import Batch
 from lorapack.errors import InputError
 from lorapack.measure.moments import run
 from lorapack.measure.sums import Average, Sums, Weights
+from lorapack.model.forward import single
 from lorapack.model.load import Loaded, check_fits
 from lorapack.model.point import place, point
 
@@ -72,7 +73,7 @@ def measure_moments_on_base(
         all_b = torch.cat([scale * b for _, b, scale in users[module].values()], dim=1)
 
         def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-            x = _single(given[0].detach())
+            x = single(given[0].detach())
             h = x @ all_a.to(x).T
             sums.forward(module, h)
             if loss:
@@ -80,7 +81,7 @@ def measure_moments_on_base(
                     y.requires_grad_()  # a frozen base: the graph begins here
 
                 def backward(slope: Tensor) -> None:
-                    slope = _single(slope)
+                    slope = single(slope)
                     sums.backward(module, h, slope @ all_b.to(slope))
 
                 y.register_hook(backward)  # type: ignore[no-untyped-call]
@@ -110,8 +111,3 @@ def base_alone(loaded: Loaded) -> Iterator[None]:
 def _base_layer(loaded: Loaded, module: str) -> Any:
     found = loaded.base.get_submodule(module)
     return getattr(found, "base_layer", found)
-
-
-def _single(values: Tensor) -> Tensor:
-    """In float32 where they are coarser, as PEFT computes a LoRA branch whose factors are float32."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

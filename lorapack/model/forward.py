@@ -61,9 +61,9 @@ def predict(loaded: Loaded, batch: Batch) -> Predictions:
     return Predictions(single(logits[chosen]), batch.labels[:, 1:][:, columns][chosen], rows)
 
 
-def single(logits: Tensor) -> Tensor:
-    """In float32 where they are coarser: a sum over the vocabulary needs it."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def single(values: Tensor) -> Tensor:
+    """In float32 where they are coarser: a sum over the vocabulary needs it, and factors of float32 compute in it."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def losses(loaded: Loaded, found: Predictions) -> Tensor:
