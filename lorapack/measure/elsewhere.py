@@ -1,17 +1,14 @@
 """The moments of an adapter where the model computes with another one: with what a first plan made of it."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
 from lorapack.core.adapter import Adapter
 from lorapack.core.statistics import Statistics
 from lorapack.data.batches import Batch
-from lorapack.measure.moments import run
+from lorapack.measure.moments import on_layer, run
 from lorapack.measure.sums import Average, Sums, Weights
-from lorapack.model.forward import single
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 
@@ -47,25 +44,9 @@ def measure_moments_elsewhere(
     weights = Weights(average)
     sums = Sums(weights, {m: {"": pair} for m, pair in factors.items()})
 
-    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
-        a, b = factors[module]
-        b = adapter.scale(module) * b
-
-        def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-            x = single(given[0].detach())
-            h = x @ a.to(x).T
-            sums.forward(module, h)
-            if not y.requires_grad:
-                y.requires_grad_()  # frozen factors: the graph begins here
-
-            def backward(slope: Tensor) -> None:
-                slope = single(slope)
-                sums.backward(module, h, slope @ b.to(slope))
-
-            y.register_hook(backward)  # type: ignore[no-untyped-call]
-
-        return forward
-
+    hooks = {
+        m: (loaded.layers[m], on_layer(sums, m, a, adapter.scale(m) * b, loss=True)) for m, (a, b) in factors.items()
+    }
     point(loaded, place(at, loaded.device))
-    run(loaded, {m: (loaded.layers[m], hook(m)) for m in factors}, batches, weights, loss=True)
+    run(loaded, hooks, batches, weights, loss=True)
     return sums.statistics("", factors, {})

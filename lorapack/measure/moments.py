@@ -11,13 +11,14 @@ from lorapack.core.statistics import Statistics
 from lorapack.data.batches import Batch
 from lorapack.measure.sums import Average, Sums, Weights
 from lorapack.model import head
-from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body
+from lorapack.model.forward import Predictions, acts_on_head, losses, predict, run_body, single
 from lorapack.model.head import features, logits, separable
 from lorapack.model.load import NAME, Loaded
 from lorapack.model.memory import piecewise
 from lorapack.processes import rounds
 
-Hooks = Mapping[str, tuple[nn.Module, Callable[[Any, Any, Tensor], None]]]
+Hook = Callable[[Any, Any, Tensor], None]
+Hooks = Mapping[str, tuple[nn.Module, Hook]]
 """For each module what is hooked, and the hook."""
 
 
@@ -51,7 +52,7 @@ def measure_moments(
     layers = {m: loaded.layers[m] for m in modules}
     sums = Sums(weights, {m: {NAME: (of.lora_A[NAME].weight, of.lora_B[NAME].weight)} for m, of in layers.items()})
 
-    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+    def hook(module: str) -> Hook:
         def forward(_: Any, __: Any, h: Tensor) -> None:
             sums.forward(module, h)
             if loss:
@@ -64,6 +65,34 @@ def measure_moments(
 
     run(loaded, {m: (of.lora_A[NAME], hook(m)) for m, of in layers.items()}, batches, weights, loss)
     return sums.statistics(NAME, layers, provenance or {})
+
+
+def on_layer(sums: Sums, module: str, a: Tensor, b: Tensor, loss: bool) -> Hook:
+    """A hook on the module's layer, for factors that the model does not compute with.
+
+    Args:
+        sums: that get ``h = A x``, x being what goes into the layer, and ``u = B^T dloss/dy``, y what comes out.
+        module: whose they are.
+        a: (r, d_in), r being the ranks together where there are several adapters.
+        b: (d_out, r), scaled.
+        loss: whether there is a backward pass.
+    """
+
+    def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
+        x = single(given[0].detach())
+        h = x @ a.to(x).T
+        sums.forward(module, h)
+        if loss:
+            if not y.requires_grad:
+                y.requires_grad_()  # all is frozen: the graph begins here
+
+            def backward(slope: Tensor) -> None:
+                slope = single(slope)
+                sums.backward(module, h, slope @ b.to(slope))
+
+            y.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    return forward
 
 
 def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights, loss: bool = False) -> None:
@@ -118,7 +147,7 @@ def measure_inputs(
     on_device = {id(q): q.to(loaded.device) for q in bases.values()}
     weights = Weights(average)
 
-    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+    def hook(module: str) -> Hook:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
             x = weights.pick(module, given[0])
             y = x @ on_device[id(bases[module])].to(x.device).T

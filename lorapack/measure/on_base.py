@@ -6,7 +6,7 @@ derivatives of the loss that its modules have there: ``h = A x`` and ``u = scale
 does to a plan is in docs/measure.md.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,9 +18,8 @@ from lorapack.core.adapter import Adapter, digest
 from lorapack.core.statistics import Statistics
 from lorapack.data.batches import Batch
 from lorapack.errors import InputError
-from lorapack.measure.moments import run
+from lorapack.measure.moments import Hook, on_layer, run
 from lorapack.measure.sums import Average, Sums, Weights
-from lorapack.model.forward import single
 from lorapack.model.load import Loaded, check_fits
 from lorapack.model.point import place, point
 
@@ -68,25 +67,10 @@ def measure_moments_on_base(
     sums = Sums(weights, {m: {name: (a, b) for name, (a, b, _) in of.items()} for m, of in users.items()})
     layers = {m: _base_layer(loaded, m) for m in users}
 
-    def hook(module: str) -> Callable[[Any, Any, Tensor], None]:
+    def hook(module: str) -> Hook:
         all_a = torch.cat([a for a, _, _ in users[module].values()])
         all_b = torch.cat([scale * b for _, b, scale in users[module].values()], dim=1)
-
-        def forward(_: Any, given: tuple[Tensor, ...], y: Tensor) -> None:
-            x = single(given[0].detach())
-            h = x @ all_a.to(x).T
-            sums.forward(module, h)
-            if loss:
-                if not y.requires_grad:
-                    y.requires_grad_()  # a frozen base: the graph begins here
-
-                def backward(slope: Tensor) -> None:
-                    slope = single(slope)
-                    sums.backward(module, h, slope @ all_b.to(slope))
-
-                y.register_hook(backward)  # type: ignore[no-untyped-call]
-
-        return forward
+        return on_layer(sums, module, all_a, all_b, loss)
 
     with base_alone(loaded):
         run(replace(loaded, layers=layers), {m: (layers[m], hook(m)) for m in users}, batches, weights, loss)
