@@ -213,6 +213,7 @@ def test_two_measurements_have_an_equal_say_however_large_the_slopes_of_the_seco
     }
     one, other, twice = both(first, second), both(first, replace(second, modules=steeper)), both(first, first)
     for m in adapter.linear:
+        torch.testing.assert_close(one.modules[m].cross, other.modules[m].cross, rtol=1e-9, atol=1e-15)
         for metric in ("loss", "fisher"):
             values = [shares(adapter.factors(m), metric, s.modules[m]) for s in (one, other, twice, first)]
             torch.testing.assert_close(values[0], values[1], rtol=1e-9, atol=0)

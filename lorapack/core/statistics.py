@@ -150,8 +150,9 @@ def both(first: Statistics, second: Statistics) -> Statistics:
     """One adapter's moments measured in two places of the model, with an equal say.
 
     What an adapter that has lost much leaves to do makes the slopes larger, so those of the second count in the measure
-    of the first: all but its forward moments are multiplied by the ratio of the sums, over the modules, of
-    ``tr(forward backward)``, the mean of ``(u^T h)^2`` for u and h that are independent.
+    of the first: what is quadratic in u is multiplied by the ratio of the sums, over the modules, of
+    ``tr(forward backward)``, the mean of ``(u^T h)^2`` for u and h that are independent, and the cross moments, linear
+    in u, by its root.
 
     Args:
         first, second: of the same modules, with backward moments, on the same rows.
@@ -163,8 +164,8 @@ def both(first: Statistics, second: Statistics) -> Statistics:
     ratio = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
 
     def total(part: str, one: Moments, two: Moments) -> Tensor:
-        theirs = _there(getattr(two, part))
-        return _there(getattr(one, part)) + (theirs if part == "forward" else ratio * theirs)
+        factor = {"forward": 1.0, "cross": ratio**0.5}.get(part, ratio)
+        return _there(getattr(one, part)) + factor * _there(getattr(two, part))
 
     modules = {
         name: Moments(**{part: total(part, moments, second.modules[name]) for part in _SQUARE})

@@ -114,18 +114,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
             metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(diagnose(path, error)) from None
-    _refuse_narrow(tensors, path)
+    _refuse_odd(tensors, path)
     return tensors, metadata
 
 
-def _refuse_narrow(tensors: Mapping[str, "Tensor"], path: Path) -> None:
-    """torch stores floats of 8 bits and fewer, but cannot even say whether they are finite.
+def _refuse_odd(tensors: Mapping[str, "Tensor"], path: Path) -> None:
+    """torch stores floats of 8 bits and fewer, but cannot even say whether they are finite; and a complex number
+    would lose half of itself where it is taken for a real one.
 
     Raises:
         InputError: names the tensor.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.element_size() < 2:
+        if (tensor.is_floating_point() and tensor.element_size() < 2) or tensor.is_complex():
             raise InputError(
                 f"{path}: {name} is stored as {tensor.dtype}, which is not computed with: store it as float32, "
                 "bfloat16 or float16"
@@ -215,7 +216,7 @@ def read_bin(path: Path) -> dict[str, "Tensor"]:
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{path}: {name} claims more numbers than the file holds")
-    _refuse_narrow(state, path)
+    _refuse_odd(state, path)
     return dict(state)
 
 
