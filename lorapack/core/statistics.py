@@ -10,6 +10,7 @@ see `Need`.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -164,8 +165,8 @@ def both(first: Statistics, second: Statistics) -> Statistics:
     ratio = sizes[0] / sizes[1] if sizes[1] > 0 else 0.0
 
     def total(part: str, one: Moments, two: Moments) -> Tensor:
-        factor = {"forward": 1.0, "cross": ratio**0.5}.get(part, ratio)
-        return _there(getattr(one, part)) + factor * _there(getattr(two, part))
+        power = {"forward": 0.0, "cross": 0.5}.get(part, 1.0)
+        return _there(getattr(one, part)) + math.pow(ratio, power) * _there(getattr(two, part))
 
     modules = {
         name: Moments(**{part: total(part, moments, second.modules[name]) for part in _SQUARE})
