@@ -28,9 +28,10 @@ make the results: [benchmarks/quality/README.md](../benchmarks/quality/README.md
 *Gain retained* is (base − compressed) / (base − full adapter) in loss on test rows that nothing else has seen
 ([data.md](data.md)); 100% is the full adapter, 0% the base with the adapter's low-rank updates off and its head on. A
 recovery that learns from labels too can come above 100%; `kl objective` marks one that does not. Figures are means over
-the training seeds. Intervals are 95% bootstrap over the test rows, the same drawings for both sides of a difference and
-for all seeds: they say what other test rows would change, not what other training seeds would. Sizes count the factors
-and one number for every layer that points to shared ones. `–` is no plan at that size, `·` not run or not there.
+the training seeds, or over those that stand behind them. Intervals are 95% bootstrap over the test rows, the same
+drawings for both sides of a difference and for all seeds: they say what other test rows would change, not what other
+training seeds would. Sizes count the factors and one number for every layer that points to shared ones. `–` is no plan
+at that size, `·` not run or not there.
 """
 
 
@@ -101,12 +102,22 @@ def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[st
     rows = []
     for arm in arms:
         cells = [
-            cell(task.figures[arm, b, steps]) if (arm, b, steps) in task.figures else task.missing(arm, b, steps)
+            cell(task.figures[arm, b, steps]) + fewer_seeds(task, task.figures[arm, b, steps])
+            if (arm, b, steps) in task.figures
+            else task.missing(arm, b, steps)
             for b in budgets
         ]
         if set(cells) != {"·"}:
             rows.append([f"`{arm}`", *cells])
     return table(["", *(f"{b:g}%" for b in budgets)], rows) if rows and budgets else ""
+
+
+def fewer_seeds(task: Task, entry: Entry) -> str:
+    """What an entry is marked with that is not of all the task's seeds."""
+    own = list(entry["from"])
+    if set(map(int, own)) == task.seeds.keys():
+        return ""
+    return f" (seed{'s' if len(own) > 1 else ''} {', '.join(own)})"
 
 
 def verdict(entry: Entry, best: float) -> str | None:
