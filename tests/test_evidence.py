@@ -71,6 +71,15 @@ def test_the_page_says_what_has_no_plan_and_what_was_not_run(tried, tmp_path):
     assert "No result of `adaptive` is here yet." in lines
 
 
+def test_what_nobody_knows_has_no_figure(quality):
+    from record import triple
+
+    from lorapack.core.report import Interval
+
+    assert triple(Interval(float("nan"), None, None)) is None
+    assert triple(Interval(0.5, 0.4, None)) == [0.5, 0.4, None]
+
+
 def test_what_was_run_is_not_run_again(tried):
     path = tried / "results" / "stories260k-0.json"
     before = json.loads(path.read_text())
@@ -117,6 +126,8 @@ def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, 
     tables = {}
     for seed, factor in ((0, 1.0), (1, 0.9)):
         figures = [f | {"arm": renamed.get(f["arm"], f["arm"])} for f in source["figures"]]
+        if seed:  # as that of a control with a head of its own
+            figures = [f | {"divergence": None} if f["arm"] == "lora-drop" else f for f in figures]
         tmp_path.joinpath(f"stories260k-{seed}.json").write_text(json.dumps(source | {"figures": figures}))
         tables[seed] = {
             name.replace("rank:metric=weight", "adaptive"): scores
@@ -135,6 +146,8 @@ def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, 
 
     dropped = figure(made, "lora-drop", 50.0)
     assert dropped["retained"][0] == pytest.approx(np.mean([kept(0, "lora-drop"), kept(1, "lora-drop")]), rel=1e-5)
+    assert dropped["divergence"] is None
+    assert figure(made, "adaptive", 50.0)["divergence"] > 0
     lead = np.mean([kept(s, "adaptive") - kept(s, "lora-drop") for s in (0, 1)])
     assert dropped["default_better_by"][0] == pytest.approx(lead, rel=1e-5)
     low, high = dropped["default_better_by"][1:]

@@ -46,6 +46,7 @@ class Recipe:
         objective: of the recovery.
         rate: the learning rate; None for the task's own.
         training_rows: whether the rows that the adapter was trained on are recovered on as well.
+        bf16: whether it is recovered in bfloat16. It stands in the result, not behind the arm's name.
     """
 
     store: Store | None = None
@@ -53,6 +54,7 @@ class Recipe:
     objective: Literal["kl", "both"] = "both"
     rate: float | None = None
     training_rows: bool = False
+    bf16: bool = False
 
     def named(self, arm: str) -> str:
         notes = [

@@ -145,9 +145,7 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
         "retained": mean("retained", have, name),
         "of_seeds": [e["retained"][0] if e["retained"] else None for e in found],
         # not known of an adapter with a head of its own
-        "divergence": float(
-            np.mean([np.nan if (e["divergence"] or [None])[0] is None else e["divergence"][0] for e in found])
-        ),
+        "divergence": float(np.mean([e["divergence"][0] if e["divergence"] else np.nan for e in found])),
         "metrics": {m: float(np.mean([e["metrics"][m][0] for e in found])) for m in first["metrics"]},
         "accuracy_to_full": mean("accuracy", have, name, full) if labelled else None,
         "paired_seeds": both,

@@ -75,5 +75,7 @@ def rounded(value: Any, digits: int = 6) -> Any:
 
 
 def triple(found: Interval | None) -> list[float | None] | None:
-    """A figure and the ends of its interval."""
-    return None if found is None else [found.value, found.low, found.high]
+    """A figure and the ends of its interval; None where there is none, or nobody knows it."""
+    if found is None or found.value is None or not math.isfinite(found.value):
+        return None
+    return [found.value, found.low, found.high]

@@ -2,7 +2,7 @@
 
     python benchmarks/quality/run.py TASK SEED --data DIR --models DIR --adapters DIR
         [--budgets 50 25 ...] [--recovery 0 100] [--arms adaptive rank ...] [--again ARM ...]
-        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3] [--training-rows]
+        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3] [--training-rows] [--bf16]
 
 Loads base and rows once, measures once; then plan, pack, recovery and the figures on the test rows. What
 RESULTS/TASK-SEED.json holds already is not run again, so it can be stopped and started at any time. The
@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from arms import ARMS, BATCH, BUDGETS, FULL, HALF, Recipe, bare
 from pair import Table, pair, read_table, write_table
 from record import code, read_json, rounded, triple, write_json
@@ -51,13 +52,14 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--objective", choices=("kl", "both"), default="both", help="of the recovery")
     found.add_argument("--rate", type=float, help="learning rate of the recovery, instead of the task's own")
     found.add_argument("--training-rows", action="store_true", help="recover on the adapter's own training rows too")
+    found.add_argument("--bf16", action="store_true", help="recover in bfloat16; all figures are of float32")
     found.add_argument("--again", nargs="+", default=[], help="arms to run again, because their method has changed")
     return found
 
 
 def main() -> None:
     given = options().parse_args()
-    recipe = Recipe(given.store, given.batch, given.objective, given.rate, given.training_rows)
+    recipe = Recipe(given.store, given.batch, given.objective, given.rate, given.training_rows, given.bf16)
     here = setting(given, most_recovery=recipe.batch * max(given.recovery), training_rows=recipe.training_rows)
     path = given.results / f"{given.task}-{given.seed}.json"
     result = opened(path, here.facts, given.again)
@@ -195,17 +197,19 @@ def recovered(here: Setting, packed: Adapter, entry: Entry, recipe: Recipe, **mo
     if packed is not original:  # as `compress` does it
         packed, found = refit(loaded, original, packed, data.to_learn_from, data.selection, settings.objective)
         entry |= {"refit": found.kept}
-    smaller, record = recover(
-        loaded,
-        original,
-        packed,
-        data.to_learn_from,
-        data.selection,
-        settings,
-        seed=here.seed,
-    )
+    # nothing is kept of what was cast: the factors change with every step
+    with torch.autocast(loaded.device.type, torch.bfloat16, enabled=recipe.bf16, cache_enabled=False):
+        smaller, record = recover(
+            loaded,
+            original,
+            packed,
+            data.to_learn_from,
+            data.selection,
+            settings,
+            seed=here.seed,
+        )
     entry |= {"steps": record.steps, "best": record.best, "rows_to_learn_from": len(data.to_learn_from)}
-    entry |= {"recover_seconds": time.time() - started}
+    entry |= {"recover_seconds": time.time() - started} | ({"recovered_in": "bfloat16"} if recipe.bf16 else {})
     return smaller
 
 

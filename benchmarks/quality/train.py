@@ -39,6 +39,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--adapters", type=Path, default=Path("adapters"), help="where the adapters go")
     found.add_argument("--half", action="store_true", help="half the rank, the recipe unchanged")
     found.add_argument("--steps", type=int, help="instead of the task's own")
+    found.add_argument("--bf16", action="store_true", help="multiply in bfloat16: three times as fast on CPUs that can")
     found.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return found
 
@@ -63,7 +64,8 @@ def main() -> None:
     steps, pad = given.steps or task.steps, tokenizer.pad_token_id or 0
     held = batches(rows["data"][:CHECKED], 2048, pad)
     start = time.time()
-    curve = fit(model, task, training_batches(rows["train"], task.batch_size, steps, pad, given.seed), steps)
+    seen = training_batches(rows["train"], task.batch_size, steps, pad, given.seed)
+    curve = fit(model, task, seen, steps, given.bf16)
     seconds = time.time() - start
     reached = check(model, held)
     with model.disable_adapter():
@@ -73,7 +75,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     (out / "README.md").unlink(missing_ok=True)
-    recipe = {k: v for k, v in asdict(task).items() if k != "cut"} | {"rank": rank, "steps": steps}
+    recipe = {k: v for k, v in asdict(task).items() if k != "cut"} | {"rank": rank, "steps": steps, "bf16": given.bf16}
     record = {
         "task": given.task,
         "seed": given.seed,
@@ -115,14 +117,15 @@ def encoded(task: Task, path: Path, tokenizer: Any) -> list[Encoded]:
     return encode(examples(rows, detect(rows, task.labelled, {})), tokenizer, task.longest)
 
 
-def fit(model: Any, task: Task, seen: Any, steps: int) -> list[tuple[int, float]]:
+def fit(model: Any, task: Task, seen: Any, steps: int, bf16: bool) -> list[tuple[int, float]]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, task.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, task.learning_rate, total_steps=steps)
     model.train()
     curve, sums = [], []
     for step, batch in enumerate(seen, 1):
-        loss = losses(model, batch.to(model.device)).mean()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):  # a step: it keeps what it has cast
+            loss = losses(model, batch.to(model.device)).mean()
         loss.backward()
         optimizer.step()
         schedule.step()
