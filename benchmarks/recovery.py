@@ -2,11 +2,12 @@
 
     python benchmarks/recovery.py --model DIR --data FILE.jsonl [-o benchmarks/results/recovery.json]
 
-Same model, rows, rows a step, steps and precision (float32); the same adapter of rank 16 on all linear layers, cut to
-rank 4, is trained towards the whole one. Every run is a process of its own, so its peak memory is its own. The
-Trainer's loss is written the usual way: logits of both adapters for the whole batch, shifted, KL, mean over the
-labelled tokens.
+Same model, rows, rows a step, steps and precision (float32, but for one of them); the same adapter of rank 16 on all
+linear layers, cut to rank 4, is trained towards the whole one. Every run is a process of its own, so its peak memory is
+its own. The Trainer's loss is written the usual way: logits of both adapters for the whole batch, shifted, KL, mean
+over the labelled tokens.
 
+- `lorapack, bfloat16`: with the base in bfloat16, as `compress --dtype bfloat16` loads it.
 - `trainer`: its own order of rows.
 - `trainer, our batches`: fed the very batches that lorapack makes, of rows of similar length.
 
@@ -30,7 +31,7 @@ import torch
 from facts import machine, spread, tell, versions
 
 RANK, CUT, LEARNING_RATE = 16, 4, 1e-3
-KINDS = ("lorapack", "trainer", "trainer, our batches")
+KINDS = ("lorapack", "lorapack, bfloat16", "trainer", "trainer, our batches")
 
 
 def prepared(given):
@@ -45,7 +46,7 @@ def prepared(given):
 
     adapter = read_adapter(given.adapter)
     packed = pack_adapter(adapter, Plan("by hand", {}, tuple(Choice(m, "keep", CUT) for m in adapter.linear)))
-    loaded = load(adapter, given.model, device="cpu", dtype="float32")
+    loaded = load(adapter, given.model, device="cpu", dtype="bfloat16" if given.kind == KINDS[1] else "float32")
     rows = read_rows(given.data)[: given.rows]
     encoded = encode(examples(rows, detect(rows, False, {})), loaded.reader.tokenizer, loaded.reader.longest)
     return adapter, packed, loaded, encoded
@@ -177,7 +178,7 @@ def trainer_run(given, ours: bool) -> Clock:
 
 def one(given) -> None:
     torch.set_num_threads(given.threads)
-    clock = lorapack_run(given) if given.kind == KINDS[0] else trainer_run(given, given.kind == KINDS[2])
+    clock = lorapack_run(given) if given.kind in KINDS[:2] else trainer_run(given, given.kind == KINDS[3])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"tokens": clock.tokens, "seconds": clock.seconds, "cpu": clock.cpu, "peak_mb": peak}))
 
@@ -218,7 +219,8 @@ def main() -> None:
     ours = KINDS[0]
     result = {
         "what": f"{Path(given.model).name}, {given.rows} prompt/completion rows, {given.batch_size} rows a step, "
-        f"{given.steps} steps, float32, adapter of rank {RANK} on all linear layers cut to {CUT}",
+        f"{given.steps} steps, float32 where it does not say bfloat16, "
+        f"adapter of rank {RANK} on all linear layers cut to {CUT}",
         "machine": machine(given.threads),
         "versions": versions(),
         "tokens_per_second": {kind: spread(rate) for kind, rate in rates.items()},

@@ -96,6 +96,11 @@ def points(found: Triple | None) -> str:
     return f"{value:+.1f} [{low:.1f}, {high:.1f}]"
 
 
+def nats(found: Triple | None) -> str:
+    """A difference in loss with its interval."""
+    return "·" if found is None else f"{found[0]:+.3f} [{found[1]:.3f}, {found[2]:.3f}]"
+
+
 def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[str]) -> str:
     possible = BYTE_BUDGETS if any(map(stored, arms)) else BUDGETS
     budgets = [b for b in possible if any((arm, b, steps) in task.figures for arm in arms)]
@@ -230,6 +235,11 @@ def section(task: Task) -> str:
     if full:
         each = [f"{name} {base[name]:.4g} → {value:.4g}" for name, value in full["metrics"].items()]
         text += f"Base → full adapter (base of seed {next(iter(task.seeds))}): {', '.join(each)}.\n"
+        if not full["retained"]:
+            text += (
+                "\nThe interval of the adapter's gain in loss holds 0 on these rows, so no share of it can be said: "
+                "differences in loss stand here instead, and the accuracy.\n"
+            )
     for steps in task.steps:
         text += f"\n### {f'With at most {steps} steps of recovery' if steps else 'Without recovery'}\n"
         arms, coded = ([a for a in task.arms if stored(a) is of_bytes] for of_bytes in (False, True))
@@ -241,6 +251,11 @@ def section(task: Task) -> str:
         if any(e["default_better_by"] for e in task.figures.values()):
             lead = grid(task, steps, lambda e: points(e["default_better_by"]), [a for a in arms if bare(a) != DEFAULT])
             text += f"\n`{DEFAULT}` better by, points of the gain.\n\n{lead}" if lead else ""
+        elif any(e["default_better_by_nats"] for e in task.figures.values()):
+            lead = grid(
+                task, steps, lambda e: nats(e["default_better_by_nats"]), [a for a in arms if bare(a) != DEFAULT]
+            )
+            text += f"\n`{DEFAULT}` better by, in loss, nats.\n\n{lead}" if lead else ""
         if any(e["accuracy_to_full"] for e in task.figures.values()):
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""

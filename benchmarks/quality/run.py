@@ -40,6 +40,8 @@ from lorapack.recover.refit import refit
 from lorapack.sweep import parse_method
 
 Entry = dict[str, Any]
+# by arm and budget: the packed adapter, the statistics that it was made from, the seconds; the same for all recoveries
+Plans = dict[tuple[str, float], tuple[Adapter, Statistics | None, float]]
 
 
 def options() -> argparse.ArgumentParser:
@@ -108,11 +110,12 @@ def main() -> None:
     statistics = measure(here.job, needs)
     if statistics is not None:
         result["measure_seconds"] = round(time.time() - started, 1)
+    plans: Plans = {}
     for chunk in chunks(usable):
         made: dict[str, Adapter] = {}
         for entry in chunk:
             try:
-                made[key(entry)] = make(here, statistics, entry, recipe)
+                made[key(entry)] = make(here, statistics, entry, recipe, plans)
             except InputError as error:
                 keep(entry | {"status": "no plan", "reason": in_one_line(error)})
         found = score_all(here, made)
@@ -165,19 +168,21 @@ def chunks(entries: list[Entry]) -> list[list[Entry]]:
     return list(found.values())
 
 
-def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Recipe) -> Adapter:
+def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Recipe, plans: Plans) -> Adapter:
     """Plan, pack, recover, store; what it came to is noted in the entry.
 
     Raises:
         InputError: the method has no plan at this budget.
     """
-    method, chosen = chosen_method(*parse_method(bare(entry["arm"])))
-    original = here.job.adapter
-    started = time.time()
-    limit = plan_budget(f"{entry['budget']}%", original, recipe.store)
-    plan, statistics = best_plan(replace(here.job, store=recipe.store), statistics, method, limit, chosen)
-    smaller = packed(here.job, plan, statistics)
-    entry |= {"status": "done", "pack_seconds": time.time() - started}
+    original, at = here.job.adapter, (bare(entry["arm"]), entry["budget"])
+    if at not in plans:
+        method, chosen = chosen_method(*parse_method(at[0]))
+        started = time.time()
+        limit = plan_budget(f"{entry['budget']}%", original, recipe.store)
+        plan, seen = best_plan(replace(here.job, store=recipe.store), statistics, method, limit, chosen)
+        plans[at] = packed(here.job, plan, seen), seen, time.time() - started
+    smaller, statistics, seconds = plans[at]
+    entry |= {"status": "done", "pack_seconds": seconds}
     if entry["recovery"] and smaller.linear:
         smaller = recovered(here, smaller, entry, recipe)
     smaller = store_adapter(smaller, recipe.store, sides(original, statistics) if recipe.store else None)
