@@ -154,3 +154,27 @@ def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, 
     assert low < lead < high
     narrow = [b - a for a, b in [dropped["default_better_by"][1:], dropped["retained"][1:]]]
     assert narrow[0] < 4 * narrow[1]  # paired: not the sum of two unrelated intervals
+
+
+def test_without_a_gain_a_difference_is_in_how_near_the_original_is(tried, tmp_path, quality):
+    """The base is made as good as the full adapter; then the KL says what is left of it, not the loss."""
+    from pair import pair, read_table, write_table
+
+    source = json.loads((tried / "results" / "stories260k-0.json").read_text())
+    renamed = {"rank:metric=weight": "adaptive"}
+    figures = [f | {"arm": renamed.get(f["arm"], f["arm"])} for f in source["figures"]]
+    (tmp_path / "stories260k-0.json").write_text(json.dumps(source | {"figures": figures}))
+    table = {
+        name.replace("rank:metric=weight", "adaptive"): scores
+        for name, scores in read_table(tried / "scores" / "stories260k-0.npz").items()
+    }
+    table["base"] = table["the full adapter | 100% | 0 steps"]
+    write_table(tmp_path / "scores" / "stories260k-0.npz", table)
+    pair("stories260k", tmp_path, tmp_path / "scores")
+    dropped = figure(json.loads((tmp_path / "stories260k.json").read_text()), "lora-drop", 50.0)
+    assert dropped["retained"] is None
+    of = {arm: table[f"{arm} | 50% | 0 steps"] for arm in ("lora-drop", "adaptive")}
+    far = {arm: s.divergence.sum() / s.predictions.sum() for arm, s in of.items()}
+    nearer, low, high = dropped["default_nearer_by"]
+    assert nearer == pytest.approx(far["lora-drop"] - far["adaptive"], rel=1e-5)
+    assert low < nearer < high

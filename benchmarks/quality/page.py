@@ -96,9 +96,12 @@ def points(found: Triple | None) -> str:
     return f"{value:+.1f} [{low:.1f}, {high:.1f}]"
 
 
-def nats(found: Triple | None) -> str:
-    """A difference in loss with its interval."""
-    return "·" if found is None else f"{found[0]:+.3f} [{found[1]:.3f}, {found[2]:.3f}]"
+def nats(found: Triple | None, parts: int = 1) -> str:
+    """A difference in loss or divergence with its interval, in so many parts of a nat."""
+    if found is None:
+        return "·"
+    value, low, high = (parts * v for v in found)
+    return f"{value:+.3f} [{low:.3f}, {high:.3f}]"
 
 
 def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[str]) -> str:
@@ -112,7 +115,7 @@ def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[st
             else task.missing(arm, b, steps)
             for b in budgets
         ]
-        if set(cells) != {"·"}:
+        if set(cells) - {"·", "–"}:
             rows.append([f"`{arm}`", *cells])
     return table(["", *(f"{b:g}%" for b in budgets)], rows) if rows and budgets else ""
 
@@ -161,7 +164,10 @@ def summary(tasks: Sequence[Task]) -> str:
     start = f"## `{DEFAULT}` against the others\n\n"
     if not text:
         return start + f"No result of `{DEFAULT}` is here yet.\n"
-    said = "In how many cells (task × budget) its gain retained has the interval of the paired difference above 0.\n"
+    said = (
+        "In how many cells (task × budget) its gain retained has the interval of the paired difference above 0; its "
+        "loss where the adapter has no gain to take shares of.\n"
+    )
     return start + said + text
 
 
@@ -237,8 +243,9 @@ def section(task: Task) -> str:
         text += f"Base → full adapter (base of seed {next(iter(task.seeds))}): {', '.join(each)}.\n"
         if not full["retained"]:
             text += (
-                "\nThe interval of the adapter's gain in loss holds 0 on these rows, so no share of it can be said: "
-                "differences in loss stand here instead, and the accuracy.\n"
+                "\nThe interval of the adapter's gain in loss holds 0 on these rows, so no share of it can be said. "
+                "What is left of an adapter that has learnt too much by heart may have a lower loss than the whole; "
+                "how near it is to the whole is its KL. Both stand here, and the accuracy.\n"
             )
     for steps in task.steps:
         text += f"\n### {f'With at most {steps} steps of recovery' if steps else 'Without recovery'}\n"
@@ -256,6 +263,12 @@ def section(task: Task) -> str:
                 task, steps, lambda e: nats(e["default_better_by_nats"]), [a for a in arms if bare(a) != DEFAULT]
             )
             text += f"\n`{DEFAULT}` better by, in loss, nats.\n\n{lead}" if lead else ""
+            lead = grid(
+                task, steps, lambda e: nats(e.get("default_nearer_by"), 1000), [a for a in arms if bare(a) != DEFAULT]
+            )
+            text += (
+                f"\n`{DEFAULT}` nearer to the full adapter by, in KL, thousandths of a nat.\n\n{lead}" if lead else ""
+            )
         if any(e["accuracy_to_full"] for e in task.figures.values()):
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""

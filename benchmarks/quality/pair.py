@@ -138,11 +138,14 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
             return None
         return triple(metrics.interval(np.mean([v for v in values if v is not None], axis=0)))
 
+    kept = mean("retained", have, name)
+    # without a gain a loss says nothing of how near an arm is to the full adapter
+    nearer = {} if kept or name == default else {"default_nearer_by": mean("divergence", both, name, default)}
     return {
         **{k: first[k] for k in ("arm", "budget", "recovery")},
         "from": _origin(have, (name, default), done),
         "share": float(np.mean([e["share"] for e in found])),
-        "retained": mean("retained", have, name),
+        "retained": kept,
         "of_seeds": [e["retained"][0] if e["retained"] else None for e in found],
         # not known of an adapter with a head of its own
         "divergence": float(np.mean([e["divergence"][0] if e["divergence"] else np.nan for e in found])),
@@ -152,6 +155,7 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
         "default_better_by": mean("retained", both, default, name) if name != default else None,
         "default_better_by_nats": mean("loss", both, name, default) if name != default else None,
         "default_more_accurate_by": mean("accuracy", both, default, name) if labelled and name != default else None,
+        **nearer,
     }
 
 
@@ -161,6 +165,10 @@ def _values(kind: str, table: Table, full: str, one: str, other: str | None, cou
         assert other is not None
         found: Numbers = metrics.accuracy(counts, table[one]) - metrics.accuracy(counts, table[other])
         return found
+    if kind == "divergence":
+        assert other is not None
+        farther: Numbers = metrics.divergence(counts, table[one]) - metrics.divergence(counts, table[other])
+        return farther
     losses = metrics.loss(counts, table[one])
     reference = metrics.loss(counts, table[other if other else "base"])
     if kind == "loss":
