@@ -31,7 +31,12 @@ import torch
 from facts import machine, spread, tell, versions
 
 RANK, CUT, LEARNING_RATE = 16, 4, 1e-3
-KINDS = ("lorapack", "lorapack, bfloat16", "trainer", "trainer, our batches")
+OURS, IN_BFLOAT16, _, OUR_BATCHES = KINDS = (
+    "lorapack",
+    "lorapack, bfloat16",
+    "trainer",
+    "trainer, our batches",
+)
 
 
 def prepared(given):
@@ -46,7 +51,7 @@ def prepared(given):
 
     adapter = read_adapter(given.adapter)
     packed = pack_adapter(adapter, Plan("by hand", {}, tuple(Choice(m, "keep", CUT) for m in adapter.linear)))
-    loaded = load(adapter, given.model, device="cpu", dtype="bfloat16" if given.kind == KINDS[1] else "float32")
+    loaded = load(adapter, given.model, device="cpu", dtype="bfloat16" if given.kind == IN_BFLOAT16 else "float32")
     rows = read_rows(given.data)[: given.rows]
     encoded = encode(examples(rows, detect(rows, False, {})), loaded.reader.tokenizer, loaded.reader.longest)
     return adapter, packed, loaded, encoded
@@ -178,7 +183,7 @@ def trainer_run(given, ours: bool) -> Clock:
 
 def one(given) -> None:
     torch.set_num_threads(given.threads)
-    clock = lorapack_run(given) if given.kind in KINDS[:2] else trainer_run(given, given.kind == KINDS[3])
+    clock = lorapack_run(given) if given.kind in (OURS, IN_BFLOAT16) else trainer_run(given, given.kind == OUR_BATCHES)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"tokens": clock.tokens, "seconds": clock.seconds, "cpu": clock.cpu, "peak_mb": peak}))
 
@@ -215,8 +220,6 @@ def main() -> None:
     rates = {kind: [run["tokens"] / run["seconds"] for run in runs] for kind, runs in found.items()}
     work = {kind: [run["tokens"] / run["cpu"] for run in runs] for kind, runs in found.items()}
     peaks = {kind: [run["peak_mb"] for run in runs] for kind, runs in found.items()}
-
-    ours = KINDS[0]
     result = {
         "what": f"{Path(given.model).name}, {given.rows} prompt/completion rows, {given.batch_size} rows a step, "
         f"{given.steps} steps, float32 where it does not say bfloat16, "
@@ -227,19 +230,19 @@ def main() -> None:
         "peak_mb": {kind: spread(peak) for kind, peak in peaks.items()},
         "tokens_per_cpu_second": {kind: spread(rate) for kind, rate in work.items()},
         "times_as_fast_by_cpu_seconds": {
-            kind: spread([a / b for a, b in zip(work[ours], work[kind], strict=True)])
+            kind: spread([a / b for a, b in zip(work[OURS], work[kind], strict=True)])
             for kind in rates
-            if kind != ours and ours in rates
+            if kind != OURS and OURS in rates
         },
         "times_as_fast": {
-            kind: spread([a / b for a, b in zip(rates[ours], rates[kind], strict=True)])
+            kind: spread([a / b for a, b in zip(rates[OURS], rates[kind], strict=True)])
             for kind in rates
-            if kind != ours and ours in rates
+            if kind != OURS and OURS in rates
         },
         "share_of_memory": {
-            kind: spread([a / b for a, b in zip(peaks[ours], peaks[kind], strict=True)])
+            kind: spread([a / b for a, b in zip(peaks[OURS], peaks[kind], strict=True)])
             for kind in peaks
-            if kind != ours and ours in peaks
+            if kind != OURS and OURS in peaks
         },
     }
     tell(result, given.out)

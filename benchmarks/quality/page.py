@@ -115,17 +115,29 @@ def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[st
             else task.missing(arm, b, steps)
             for b in budgets
         ]
-        if set(cells) - {"·", "–"}:
+        if set(cells) != {"·"}:
             rows.append([f"`{arm}`", *cells])
     return table(["", *(f"{b:g}%" for b in budgets)], rows) if rows and budgets else ""
 
 
 def fewer_seeds(task: Task, entry: Entry) -> str:
     """What an entry is marked with that is not of all the task's seeds."""
-    own = list(entry["from"])
-    if set(map(int, own)) == task.seeds.keys():
-        return ""
-    return f" (seed{'s' if len(own) > 1 else ''} {', '.join(own)})"
+    own = [int(seed) for seed in entry["from"]]
+    return "" if set(own) == task.seeds.keys() else f" {of_seeds(own)}"
+
+
+def of_seeds(seeds: Sequence[int]) -> str:
+    return f"(seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
+
+
+def in_bfloat16(task: Task) -> str:
+    """Which arms were recovered in bfloat16, and of which seeds."""
+    found: dict[str, list[int]] = {}
+    for seed, result in task.seeds.items():
+        for arm in dict.fromkeys(e["arm"] for e in result["figures"] if e.get("recovered_in")):
+            found.setdefault(arm, []).append(seed)
+    named = ", ".join(f"`{arm}` {of_seeds(seeds)}" for arm, seeds in found.items())
+    return f"\nRecovered in bfloat16 (figures are of float32): {named}.\n" if named else ""
 
 
 def verdict(entry: Entry, best: float) -> str | None:
@@ -250,29 +262,25 @@ def section(task: Task) -> str:
     for steps in task.steps:
         text += f"\n### {f'With at most {steps} steps of recovery' if steps else 'Without recovery'}\n"
         arms, coded = ([a for a in task.arms if stored(a) is of_bytes] for of_bytes in (False, True))
-        cell = kept_cell if steps else lambda e: percent((e["retained"] or [None])[0])
-        kept = grid(task, steps, cell, arms)
-        text += f"\nGain retained, %.\n\n{kept}" if kept else ""
-        kept = grid(task, steps, cell, coded)
-        text += f"\nGain retained, %, at so much of the original's *bytes*.\n\n{kept}" if kept else ""
+        others = [a for a in arms if bare(a) != DEFAULT]
+        if any(e["retained"] for e in task.figures.values()):
+            cell = kept_cell if steps else lambda e: percent((e["retained"] or [None])[0])
+            kept = grid(task, steps, cell, arms)
+            text += f"\nGain retained, %.\n\n{kept}" if kept else ""
+            kept = grid(task, steps, cell, coded)
+            text += f"\nGain retained, %, at so much of the original's *bytes*.\n\n{kept}" if kept else ""
         if any(e["default_better_by"] for e in task.figures.values()):
-            lead = grid(task, steps, lambda e: points(e["default_better_by"]), [a for a in arms if bare(a) != DEFAULT])
+            lead = grid(task, steps, lambda e: points(e["default_better_by"]), others)
             text += f"\n`{DEFAULT}` better by, points of the gain.\n\n{lead}" if lead else ""
         elif any(e["default_better_by_nats"] for e in task.figures.values()):
-            lead = grid(
-                task, steps, lambda e: nats(e["default_better_by_nats"]), [a for a in arms if bare(a) != DEFAULT]
-            )
+            lead = grid(task, steps, lambda e: nats(e["default_better_by_nats"]), others)
             text += f"\n`{DEFAULT}` better by, in loss, nats.\n\n{lead}" if lead else ""
-            lead = grid(
-                task, steps, lambda e: nats(e.get("default_nearer_by"), 1000), [a for a in arms if bare(a) != DEFAULT]
-            )
-            text += (
-                f"\n`{DEFAULT}` nearer to the full adapter by, in KL, thousandths of a nat.\n\n{lead}" if lead else ""
-            )
+            near = grid(task, steps, lambda e: nats(e.get("default_nearer_by"), 1000), others)
+            text += f"\n`{DEFAULT}` nearer to the full adapter by, KL in nats / 1000.\n\n{near}" if near else ""
         if any(e["accuracy_to_full"] for e in task.figures.values()):
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""
-    return text + controls(task)
+    return text + controls(task) + in_bfloat16(task)
 
 
 def controls(task: Task) -> str:

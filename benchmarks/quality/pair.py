@@ -161,14 +161,11 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
 
 def _values(kind: str, table: Table, full: str, one: str, other: str | None, counts: Numbers) -> Numbers | None:
     """Over the resamples: a figure of one arm, or its difference to another's. None: no gain to speak of."""
-    if kind == "accuracy":
+    plain = {"accuracy": metrics.accuracy, "divergence": metrics.divergence}
+    if kind in plain:
         assert other is not None
-        found: Numbers = metrics.accuracy(counts, table[one]) - metrics.accuracy(counts, table[other])
+        found: Numbers = plain[kind](counts, table[one]) - plain[kind](counts, table[other])
         return found
-    if kind == "divergence":
-        assert other is not None
-        farther: Numbers = metrics.divergence(counts, table[one]) - metrics.divergence(counts, table[other])
-        return farther
     losses = metrics.loss(counts, table[one])
     reference = metrics.loss(counts, table[other if other else "base"])
     if kind == "loss":
