@@ -2,7 +2,6 @@
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -20,10 +19,12 @@ class _After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         if name != self.name:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        # it stays in the list until the import: whoever only asks whether there is such a package comes here too
+        others = [
+            f for f in sys.meta_path if hasattr(f, "find_spec") and not (isinstance(f, _After) and f.name == name)
+        ]
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
             return None
         self.loader, spec.loader = spec.loader, self
         return spec
@@ -35,6 +36,8 @@ class _After(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if self.loader and module.__spec__:
             module.__spec__.loader = module.__loader__ = self.loader
             self.loader.exec_module(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             self.then()
 
 

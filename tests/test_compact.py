@@ -376,10 +376,13 @@ def test_without_lorapack_a_compact_adapter_is_refused_and_plain_ones_load(
 def test_importing_lorapack_is_light_and_the_order_of_imports_does_not_matter(base, compact):
     code = """
     import sys
-    if sys.argv[1] == "lorapack first":
+    if sys.argv[1] != "peft first":
         import lorapack
         heavy = {"torch", "peft", "transformers", "numpy"} & set(sys.modules)
         assert not heavy, heavy
+        if sys.argv[1] == "only asked for":
+            import importlib.util
+            assert importlib.util.find_spec("peft") and importlib.util.find_spec("peft")
         import peft, transformers
     else:
         import peft, transformers, lorapack
@@ -392,7 +395,7 @@ def test_importing_lorapack_is_light_and_the_order_of_imports_does_not_matter(ba
         assert first.weight is last.weight
     print("fine")
     """
-    for order in ("lorapack first", "peft first"):
+    for order in ("lorapack first", "only asked for", "peft first"):
         done = python(code, order, base, compact)
         assert (done.stdout, done.returncode) == ("fine\n", 0), (order, done.stderr)
 
