@@ -2,7 +2,10 @@
 
 
 class InputError(Exception):
-    """What was given cannot be used; the message is one line for the user. Exit code 2."""
+    """What was given cannot be used; the message is one line for the user, whatever names it quotes. Exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", " "))
 
 
 class GateError(Exception):

@@ -71,6 +71,12 @@ def test_any_json_value_in_any_place_is_read_or_refused(name, tmp_path, data):
     read(name, json.dumps(changed(good, path, data.draw(values))).encode(), tmp_path)
 
 
+def test_a_name_of_two_lines_is_refused_in_one(tmp_path):
+    config = json.loads(READERS["compact_config"].good)
+    config["lorapack"]["forms"] = {"\n": {"\n": None}}
+    assert "unknown" in read("compact_config", json.dumps(config).encode(), tmp_path)
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_bytes_are_read_or_refused(name, tmp_path):
     rng, good = random.Random(0), READERS[name].good

@@ -138,7 +138,7 @@ def _run(work: Callable[[], Any], debug: bool, came: Sequence[signal.Signals]) -
             return _ended(came[0])
         if debug:
             raise
-        return _say(str(error).replace("\n", " "), BAD_INPUT)
+        return _say(str(error), BAD_INPUT)
     except GateError as missed:
         return _say(str(missed).replace("\n", " "), GATE)
     except Exception as error:

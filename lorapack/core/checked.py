@@ -100,5 +100,5 @@ def _explain(error: "pydantic.ValidationError") -> str:
     if error.error_count() > MOST_SHOWN:  # the library would make a dictionary of each
         return f"{error.error_count():,} fields are unknown or not as they should be: it is another file, or damaged"
     first = error.errors(include_url=False)[0]
-    path = ".".join(str(part).replace("\n", " ") for part in first["loc"])
+    path = ".".join(str(part) for part in first["loc"])
     return f"{path}: {first['msg']}" if path else str(first["msg"])

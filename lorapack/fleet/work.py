@@ -65,7 +65,7 @@ def _work(bench: Bench, task: Task, measured: Measured) -> Outcome:
     try:
         return Outcome(task.name, skipped=not _made(bench, task, measured))
     except InputError as error:
-        return Outcome(task.name, str(error).replace("\n", " "))
+        return Outcome(task.name, str(error))
     except Exception as error:
         bench.ready = None  # in which state it is nobody knows
         first = (str(error).splitlines() or [""])[0]
