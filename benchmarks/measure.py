@@ -1,10 +1,12 @@
 """What measuring costs, beside the same passes without it: seconds of the processor and of the clock.
 
     python benchmarks/measure.py --model DIR [--rows 24] [--length 256] [--runs 3] [-o benchmarks/results/measure.json]
+    python benchmarks/measure.py --shape 7b --device cuda --rows 32 --length 1024 [-o ...]
 
-A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the committed figures), rows of the
-fixture's Tiny Shakespeare cut to the same length, the same batches for all. A run is the whole phase; the runs of all
-kinds alternate, and ratios are of runs that followed each other.
+A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the figures of the CPU) or of a random
+one in bfloat16 (--shape, as phases.py makes it), rows of the fixture's Tiny Shakespeare cut to the same length, the
+same batches for all. A run is the whole phase, on a GPU until that is done; the runs of all kinds alternate, and ratios
+are of runs that followed each other.
 
 - `output`: the forward moments; `body` is the same forward without hooks, `evaluation` the loop that one writes
   without thinking, with the head for every token.
@@ -15,6 +17,8 @@ kinds alternate, and ratios are of runs that followed each other.
 """
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +26,7 @@ from pathlib import Path
 
 import torch
 from facts import machine, spread, tell, versions
+from phases import SHAPES
 from recovery import RANK, make_adapter
 
 from lorapack.core.adapter import Adapter, Factors
@@ -113,6 +118,19 @@ def kinds(loaded: Loaded, adapter: Adapter, data: list[Batch]) -> dict[str, Call
     return found
 
 
+def made(given: argparse.Namespace, work: str) -> tuple[Adapter, Loaded]:
+    """The adapter and the base, in memory."""
+    if given.model:
+        make_adapter(given.model, work)
+        adapter = read_adapter(work)
+        return adapter, load(adapter, given.model, device=given.device, dtype="float32")
+    phases = [sys.executable, str(Path(__file__).with_name("phases.py"))]
+    shape = ["--shape", given.shape, "--device", given.device, "--place", work, "--make"]
+    subprocess.run([*phases, *shape], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    adapter = read_adapter(f"{work}/adapter")
+    return adapter, load(adapter, f"{work}/base", device=given.device, dtype="bfloat16")
+
+
 CLOCKS = ("cpu", "wall")
 RATIOS = (
     ("output", "body"),
@@ -126,7 +144,10 @@ RATIOS = (
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--model", required=True, help="a Llama-like base model")
+    base = options.add_mutually_exclusive_group(required=True)
+    base.add_argument("--model", help="a Llama-like base model, in float32")
+    base.add_argument("--shape", choices=SHAPES, help="of a random one, in bfloat16")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--rows", type=int, default=24)
     options.add_argument("--length", type=int, default=256, help="tokens a row")
     options.add_argument("--batch-tokens", type=int, default=4096)
@@ -137,24 +158,29 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as work:
-        make_adapter(given.model, work)
-        adapter = read_adapter(work)
-    loaded = load(adapter, given.model, device="cpu", dtype="float32")
-    data = batches(rows(loaded, given.rows, given.length), given.batch_tokens, loaded.pad)
+        adapter, loaded = made(given, work)
+    data = [
+        b.to(loaded.device) for b in batches(rows(loaded, given.rows, given.length), given.batch_tokens, loaded.pad)
+    ]
     timed = {k: run for k, run in kinds(loaded, adapter, data).items() if not given.kinds or k in given.kinds}
     seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in timed}
     for n in range(given.runs + 1):
         for kind, run in timed.items():
             clock, cpu = time.perf_counter(), time.process_time()
             run()
+            if given.device == "cuda":
+                torch.cuda.synchronize()
             found = time.process_time() - cpu, time.perf_counter() - clock
             if n:  # the first round warms up
                 seconds[kind].append(found)
             print(n, kind, *(f"{s:.2f}" for s in found), flush=True)
     result = {
-        "what": f"{Path(given.model).name}, {given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
-        f"float32, rank {RANK} on {len(adapter.linear)} linear layers; {MANY} of rank {RANK_OF_MANY} in one pass",
+        "what": f"{Path(given.model).name if given.model else f'random Llama of {given.shape} shape'}, "
+        f"{given.rows} rows of {given.length} tokens, {given.batch_tokens} a batch, "
+        f"{'float32' if given.model else 'bfloat16'}, rank {RANK} on {len(adapter.linear)} linear layers; "
+        f"{MANY} of rank {RANK_OF_MANY} in one pass",
         "machine": machine(given.threads),
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "versions": versions(),
         "runs": given.runs,
         "seconds": {

@@ -10,18 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import attached, bert, gpt2, llama
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapack.core.statistics import Moments, Statistics, add, from_tensors, output_norms, to_tensors
 from lorapack.data.batches import batches, collate
 from lorapack.data.encode import IGNORED, Encoded
 from lorapack.errors import InputError
 from lorapack.measure.moments import measure_inputs, measure_moments
+from lorapack.measure.sums import HELD
 from lorapack.model.head import separable
 from lorapack.pack.share import input_basis
 from lorapack.read.files import read_safetensors
 
 LENGTHS = (9, 4, 1, 6, 12)
 TYPES = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "bert": ["query", "output.dense"]}
+
+
+@pytest.fixture(scope="module", autouse=True, params=[0, 300], ids=["one by one", "held back"])
+def held(request):
+    """All of this on a CPU's way of adding up and on a GPU's, that holds modules back and adds them up together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(HELD, "cpu", request.param)
+        yield
 
 
 def texts(lengths=LENGTHS, seed=0):
@@ -214,6 +224,32 @@ def even(tmp_path_factory):
     adapter, loaded = attached(gpt2(), folder, target_modules=TYPES["gpt2"], fan_in_fan_out=True)
     loaded.model.double()
     return adapter, loaded
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_held_back_the_sums_start_few_kernels_however_many_modules_there_are(even, monkeypatch, loss):
+    class Count(TorchDispatchMode):
+        computed = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            views = any(returned.alias_info is not None for returned in function._schema.returns)
+            self.computed += not views
+            return function(*args, **(kwargs or {}))
+
+    adapter, loaded = even
+    modules = adapter.linear
+    separable(loaded)  # which runs the model once to find out
+
+    def computed(measured):
+        with Count() as seen:
+            measure_moments(loaded, measured, batches(texts((9,) * 8), 18, loaded.pad), loss=loss)
+        return seen.computed
+
+    of_a_module = {}
+    for held in (0, 2**22):
+        monkeypatch.setitem(HELD, "cpu", held)
+        of_a_module[held] = (computed(modules) - computed(modules[:1])) / (len(modules) - 1)
+    assert of_a_module[2**22] < of_a_module[0] / 5
 
 
 def test_the_trace_of_the_cross_moment_is_the_losss_derivative_by_the_modules_scale(even):

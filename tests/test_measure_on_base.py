@@ -15,6 +15,7 @@ from lorapack.errors import InputError
 from lorapack.measure.elsewhere import measure_moments_elsewhere
 from lorapack.measure.moments import measure_moments
 from lorapack.measure.on_base import measure_moments_on_base
+from lorapack.measure.sums import HELD
 from lorapack.model.load import load
 from lorapack.model.point import place, point
 from lorapack.pack.truncate import shares, truncate
@@ -26,12 +27,21 @@ SETTINGS = {
         {"target_modules": ["q_proj", "down_proj"]},
         {"target_modules": ["q_proj", "v_proj", "lm_head"], "r": 3, "lora_alpha": 30},
         {"target_modules": ["gate_proj", "q_proj"], "rank_pattern": {"q_proj": 7}, "use_rslora": True},
+        {"target_modules": ["q_proj"]},  # of the first one's rank on the same modules, but with factors of its own
     ),
     "gpt2": (
         {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         {"target_modules": ["c_attn"], "fan_in_fan_out": True, "r": 6},
     ),
 }
+
+
+@pytest.fixture(scope="module", autouse=True, params=[0, 300], ids=["one by one", "held back"])
+def held(request):
+    """All of this on a CPU's way of adding up and on a GPU's, that holds modules back and adds them up together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(HELD, "cpu", request.param)
+        yield
 
 
 def texts():

@@ -136,7 +136,7 @@ TASKS: dict[str, Task] = {
     "stories260k": Task(
         "stories260k", fixture, False, "all-linear", 16, 2400, 16, 3e-3, 512, 53, 262, recovery_rate=3e-3
     ),
-    "smollm2-dialogsum": Task("smollm2-135m", dialogsum, False, "all-linear", 16, 60, 4, 8e-4, 256, 40, 60),
+    "smollm2-dialogsum": Task("smollm2-135m", dialogsum, False, "all-linear", 16, 60, 4, 8e-4, 256, 40, 250),
     "stories15m-e2e": Task(
         "stories15m", e2e, False, "all-linear", 16, 130, 16, 3e-3, 192, 150, 300, recovery_rate=3e-3
     ),

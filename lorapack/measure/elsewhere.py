@@ -48,5 +48,5 @@ def measure_moments_elsewhere(
         m: (loaded.layers[m], on_layer(sums, m, a, adapter.scale(m) * b, loss=True)) for m, (a, b) in factors.items()
     }
     point(loaded, place(at, loaded.device))
-    run(loaded, hooks, batches, weights, loss=True)
+    run(loaded, hooks, batches, weights, loss=True, sums=sums)
     return sums.statistics("", factors, {})

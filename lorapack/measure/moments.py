@@ -63,7 +63,7 @@ def measure_moments(
 
         return forward
 
-    run(loaded, {m: (of.lora_A[NAME], hook(m)) for m, of in layers.items()}, batches, weights, loss)
+    run(loaded, {m: (of.lora_A[NAME], hook(m)) for m, of in layers.items()}, batches, weights, loss, sums)
     return sums.statistics(NAME, layers, provenance or {})
 
 
@@ -95,10 +95,18 @@ def on_layer(sums: Sums, module: str, a: Tensor, b: Tensor, loss: bool) -> Hook:
     return forward
 
 
-def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights, loss: bool = False) -> None:
+def run(
+    loaded: Loaded,
+    hooks: Hooks,
+    batches: Iterable[Batch],
+    weights: Weights,
+    loss: bool = False,
+    sums: Sums | None = None,
+) -> None:
     """This process's batches through the model, forward and, with the loss, backward, while forward hooks look on.
 
-    What the hooks add to the totals of `weights` is there afterwards, of the batches of all processes.
+    What the hooks add to the totals of `weights`, or to `sums` with those weights, is there afterwards, of the batches
+    of all processes.
     """
     if loss:
         separable(loaded)  # tried before the hooks see what it tries with
@@ -109,10 +117,17 @@ def run(loaded: Loaded, hooks: Hooks, batches: Iterable[Batch], weights: Weights
             pull(loaded, batch)
         else:
             run_body(loaded, batch)
+        if sums is not None:
+            sums.settle()
+
+    def forget() -> None:
+        weights.totals.forget()
+        if sums is not None:
+            sums.forget()
 
     with hooked(hooks), torch.set_grad_enabled(loss):
         for batch in rounds(batches):
-            piecewise(loaded, batch, through, weights.totals.forget)
+            piecewise(loaded, batch, through, forget)
             weights.totals.settle()
 
 
@@ -149,9 +164,9 @@ def measure_inputs(
 
     def hook(module: str) -> Hook:
         def forward(_: Any, given: tuple[Tensor, ...], __: Tensor) -> None:
-            x = weights.pick(module, given[0])
+            x = weights.pick(module, given[0][None])
             y = x @ on_device[id(bases[module])].to(x.device).T
-            weights.totals.add(("inputs", module), weights.weigh(y).T @ y)
+            weights.totals.add(("inputs", module), (weights.weigh(y).mT @ y)[0])
 
         return forward
 

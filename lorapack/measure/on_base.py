@@ -73,7 +73,7 @@ def measure_moments_on_base(
         return on_layer(sums, module, all_a, all_b, loss)
 
     with base_alone(loaded):
-        run(replace(loaded, layers=layers), {m: (layers[m], hook(m)) for m in users}, batches, weights, loss)
+        run(replace(loaded, layers=layers), {m: (layers[m], hook(m)) for m in users}, batches, weights, loss, sums)
     facts = {**(provenance or {}), "activations": "base"}
     return {
         name: sums.statistics(name, adapter.linear, {**facts, "adapter": digest(adapter)})

@@ -1,6 +1,6 @@
 """What is added up over the tokens of all batches: r x r products, for each module."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,12 @@ from lorapack.errors import InputError
 from lorapack.measure.totals import Totals
 
 Average = Literal["token", "sample"]
+Adapted = tuple[str, str]
+"""A module, and the name of an adapter that it has."""
+
+# By the kind of device, so many numbers of h are held back, to be added up together, those of one shape in one product.
+# A CPU's caches hold a module's; elsewhere many small products, one after the other, would take longer than the model.
+HELD = {"cpu": 0, "cuda": 2**22}  # 64 modules of rank 16 with 4096 tokens, so temporary tensors of 32 MB
 
 
 class Weights:
@@ -39,40 +45,46 @@ class Weights:
         self.totals.add(("samples",), lengths.new_tensor(len(mask)))
 
     def pick(self, module: str, values: Tensor) -> Tensor:
-        """The values at the tokens, padding left out, (tokens, n) float64.
+        """The values at the tokens, padding left out, (modules, tokens, n) float64.
 
-        A module that sees one vector a row (a pooler) has each of them counted once.
+        Args:
+            module: the first of the modules, for the message.
+            values: (modules, rows, length, n), or (modules, rows, n) where one vector a row is seen (by a pooler): each
+                of them is counted once.
         """
         values = values.detach()
-        if values.ndim == 2 and len(values) == self.shape[0]:
+        if values.ndim == 3 and values.shape[1] == self.shape[0]:
             return values.double()
-        if values.ndim != 3 or values.shape[:2] != self.shape:
+        if values.ndim != 4 or values.shape[1:3] != self.shape:
             raise InputError(
-                f"{module} sees values of shape {tuple(values.shape)} for a batch of {tuple(self.shape)} tokens, "
+                f"{module} sees values of shape {tuple(values.shape[1:])} for a batch of {tuple(self.shape)} tokens, "
                 "so padding cannot be told apart; it cannot be measured"
             )
-        flat = values.flatten(0, 1)
-        return (flat if self.at is None else flat.index_select(0, self.at.to(flat.device))).double()
+        flat = values.flatten(1, 2)
+        return (flat if self.at is None else flat.index_select(1, self.at.to(flat.device))).double()
 
     def weigh(self, picked: Tensor) -> Tensor:
         """Some picked values times the weight of their token; the vector of a whole row weighs 1."""
-        if self.average == "token" or len(picked) == self.shape[0]:
+        if self.average == "token" or picked.shape[1] == self.shape[0]:
             return picked
         return picked * self.values[:, None].to(picked.device)  # of a model that is split, this layer's
 
     def by_row(self, left: Tensor, right: Tensor) -> Tensor:
-        """Each row's sum of ``left right^T`` over its tokens, (rows, m, n), of picked (tokens, m) and (tokens, n)."""
+        """Each row's sum of ``left right^T`` over its tokens, (modules, rows, m, n).
+
+        Args:
+            left, right: picked, (modules, tokens, m) and (modules, tokens, n).
+        """
         return self._rows(left).mT @ self._rows(right)
 
     def _rows(self, picked: Tensor) -> Tensor:
-        """(rows, length, n), zeros for padding."""
-        if len(picked) == self.shape[0]:
-            return picked[:, None]
+        """(modules, rows, length, n), zeros for padding."""
+        if picked.shape[1] == self.shape[0]:
+            return picked[:, :, None]
         if self.at is not None:
-            picked = picked.new_zeros(self.shape.numel(), picked.shape[1]).index_copy_(
-                0, self.at.to(picked.device), picked
-            )
-        return picked.view(*self.shape, -1)
+            whole = picked.new_zeros(len(picked), self.shape.numel(), picked.shape[2])
+            picked = whole.index_copy_(1, self.at.to(picked.device), picked)
+        return picked.view(len(picked), *self.shape, -1)
 
     def total(self, what: str) -> float:
         """The ``weight`` of all tokens so far, or how many ``tokens`` or ``samples`` there were."""
@@ -91,30 +103,71 @@ class Sums:
         self.weights = weights
         self._ranks = {m: {name: len(a) for name, (a, _) in pairs.items()} for m, pairs in factors.items()}
         self._factors = {(m, name): pair for m, pairs in factors.items() for name, pair in pairs.items()}
-        self._grams: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._grams: dict[Adapted, tuple[Tensor, Tensor]] = {}
+        self._held: list[tuple[str, tuple[Tensor, ...]]] = []
+        self._numbers = 0
 
     def forward(self, module: str, h: Tensor) -> None:
         """Add a batch's ``h = A x``, of the module's adapters side by side."""
-        seen = self.weights.pick(module, h)
-        for name, hs in self._split(module, seen):
-            self._add(module, name, "forward", self.weights.weigh(hs).T @ hs)
+        self._hold(module, h)
 
     def backward(self, module: str, h: Tensor, u: Tensor) -> None:
         """Add what the batch's ``u = dloss/dh`` makes with its ``h``."""
-        seen, found = self.weights.pick(module, h), self.weights.pick(module, u)
-        weigh, of_row = self.weights.weigh, self.weights.of_row[:, :, None].to(seen.device)
-        for (name, hs), (_, us) in zip(self._split(module, seen), self._split(module, found), strict=True):
-            inside_a, inside_b = (gram.to(seen.device) for gram in self._gram(module, name))
-            for part, left, right in (
-                ("backward", us, us),
-                ("cross", us, hs),
-                ("token_forward", hs * ((us @ inside_a) * us).sum(1, True), hs),
-                ("token_backward", us * ((hs @ inside_b) * hs).sum(1, True), us),
-            ):
-                self._add(module, name, part, weigh(left).T @ right)
-            rows = self.weights.by_row(us, hs)
-            self._add(module, name, "row_forward", (of_row * (rows.mT @ inside_a @ rows)).sum(0))
-            self._add(module, name, "row_backward", (of_row * (rows @ inside_b @ rows.mT)).sum(0))
+        self._hold(module, h, u)
+
+    def settle(self) -> None:
+        """Add up what is held back. Due before the next batch, whose padding is another."""
+        held = self._held
+        self.forget()
+        alike: dict[Any, list[tuple[str, tuple[Tensor, ...]]]] = {}
+        for module, values in held:
+            kind = (tuple(self._ranks[module].values()), *((v.shape, v.dtype, v.device) for v in values))
+            alike.setdefault(kind, []).append((module, values))
+        for group in alike.values():
+            modules = [module for module, _ in group]
+            seen = [self.weights.pick(modules[0], _stacked(each)) for each in zip(*(v for _, v in group), strict=True)]
+            for adapted, parts in self._by_rank(modules, seen):
+                self._add_up(adapted, *parts)
+
+    def forget(self) -> None:
+        """Leave what is held back out."""
+        self._held, self._numbers = [], 0
+
+    def _hold(self, module: str, *values: Tensor) -> None:
+        h = values[0]
+        self._held.append((module, tuple(v.detach() for v in values)))
+        self._numbers += h.numel()
+        if self._numbers > HELD.get(h.device.type, HELD["cuda"]):
+            self.settle()
+
+    def _by_rank(self, modules: Sequence[str], seen: Sequence[Tensor]) -> Iterator[tuple[list[Adapted], list[Tensor]]]:
+        """Modules and their adapters, those of one rank together, with their columns, (adapted, tokens, r)."""
+        ranks = list(self._ranks[modules[0]].values())
+        columns = [torch.split(values, ranks, dim=2) for values in seen]
+        for rank in dict.fromkeys(ranks):
+            places = [n for n, r in enumerate(ranks) if r == rank]
+            names = [list(self._ranks[m]) for m in modules]
+            adapted = [(m, name[n]) for n in places for m, name in zip(modules, names, strict=True)]
+            yield adapted, [_joined([split[n] for n in places]) for split in columns]
+
+    def _add_up(self, adapted: Sequence[Adapted], hs: Tensor, us: Tensor | None = None) -> None:
+        weigh = self.weights.weigh
+        if us is None:
+            self._add(adapted, "forward", weigh(hs).mT @ hs)
+            return
+        of_row = self.weights.of_row[:, :, None].to(hs.device)
+        grams = [self._gram(of, hs.device) for of in adapted]
+        inside_a, inside_b = (_stacked(each) for each in zip(*grams, strict=True))
+        for part, left, right in (
+            ("backward", us, us),
+            ("cross", us, hs),
+            ("token_forward", hs * ((us @ inside_a) * us).sum(2, True), hs),
+            ("token_backward", us * ((hs @ inside_b) * hs).sum(2, True), us),
+        ):
+            self._add(adapted, part, weigh(left).mT @ right)
+        rows = self.weights.by_row(us, hs)
+        self._add(adapted, "row_forward", (of_row * (rows.mT @ inside_a[:, None] @ rows)).sum(1))
+        self._add(adapted, "row_backward", (of_row * (rows @ inside_b[:, None] @ rows.mT)).sum(1))
 
     def statistics(self, name: str, modules: Iterable[str], provenance: Mapping[str, Any]) -> Statistics:
         """All of one adapter.
@@ -140,17 +193,21 @@ class Sums:
             provenance=dict(provenance),
         )
 
-    def _gram(self, module: str, name: str) -> tuple[Tensor, Tensor]:
-        """A A^T and B^T B."""
-        if (module, name) not in self._grams:
-            a, b = (factor.detach().double() for factor in self._factors[module, name])
-            self._grams[module, name] = a @ a.T, b.T @ b
-        return self._grams[module, name]
+    def _gram(self, of: Adapted, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A A^T and B^T B, where they are needed: a model that is split has its layers elsewhere than its factors."""
+        if of not in self._grams:
+            a, b = (factor.detach().double() for factor in self._factors[of])
+            self._grams[of] = (a @ a.T).to(device), (b.T @ b).to(device)
+        return self._grams[of]
 
-    def _split(self, module: str, values: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The columns of each adapter, by its name."""
-        ranks = self._ranks[module]
-        return zip(ranks, torch.split(values, list(ranks.values()), dim=1), strict=True)
+    def _add(self, adapted: Sequence[Adapted], part: str, products: Tensor) -> None:
+        for (module, name), product in zip(adapted, products, strict=True):
+            self.weights.totals.add((name, module, part), product)
 
-    def _add(self, module: str, name: str, part: str, product: Tensor) -> None:
-        self.weights.totals.add((name, module, part), product)
+
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(values)) if len(values) > 1 else values[0][None]
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(values)) if len(values) > 1 else values[0]

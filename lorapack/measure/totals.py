@@ -1,5 +1,6 @@
 """What is added up over batches, the same to the last bit whichever process had which of them."""
 
+import torch
 from torch import Tensor
 
 from lorapack.processes import gathered_tensors
@@ -19,7 +20,7 @@ class Totals:
         self._batch: dict[Key, Tensor] = {}
 
     def add(self, key: Key, value: Tensor) -> None:
-        _add(self._batch, key, value)
+        self._batch[key] = value if key not in self._batch else self._batch[key] + value
 
     def forget(self) -> None:
         """Take back what the batch at hand has added."""
@@ -28,10 +29,8 @@ class Totals:
     def settle(self) -> None:
         """The batch is done, in every process: their batches, in the order of the processes, go to the rest."""
         for found in gathered_tensors(self._batch):
-            for key, value in found.items():
-                _add(self.done, key, value)
+            # at once: on an accelerator each sum by itself would be a kernel
+            both = [key for key in found if key in self.done]
+            sums = torch._foreach_add([self.done[key] for key in both], [found[key] for key in both]) if both else []
+            self.done |= {**found, **dict(zip(both, sums, strict=True))}
         self._batch = {}
-
-
-def _add(sums: dict[Key, Tensor], key: Key, value: Tensor) -> None:
-    sums[key] = value if key not in sums else sums[key] + value
