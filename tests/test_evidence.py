@@ -154,6 +154,9 @@ def test_a_mean_over_seeds_and_a_difference_are_those_of_the_single_rows(tried, 
     assert low < lead < high
     narrow = [b - a for a, b in [dropped["default_better_by"][1:], dropped["retained"][1:]]]
     assert narrow[0] < 4 * narrow[1]  # paired: not the sum of two unrelated intervals
+    far = [tables[0][f"{arm} | 50% | 0 steps"] for arm in ("lora-drop", "adaptive")]
+    further = [s.divergence.sum() / s.predictions.sum() for s in far]  # the same of both seeds
+    assert dropped["default_nearer_by"][0] == pytest.approx(further[0] - further[1], rel=1e-5)
 
 
 def test_without_a_gain_a_difference_is_in_how_near_the_original_is(tried, tmp_path, quality):

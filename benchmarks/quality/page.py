@@ -147,32 +147,38 @@ def verdict(entry: Entry, best: float) -> str | None:
     found = entry["default_better_by"] or entry["default_better_by_nats"]
     if found is None:
         return None
+    return side(found)
+
+
+def side(found: Triple) -> str:
     return "ahead" if found[1] > 0 else "behind" if found[2] < 0 else "no difference"
 
 
-def judged(tasks: Sequence[Task], steps: Callable[[int], bool]) -> Iterable[tuple[Task, Entry, str]]:
+def nearness(entry: Entry, _: float) -> str | None:
+    """Whether the default is nearer than an arm to the full adapter; None where it cannot be said."""
+    found = entry["default_nearer_by"]
+    return side(found) if found else None
+
+
+def judged(
+    tasks: Sequence[Task], steps: Callable[[int], bool], by: Callable[[Entry, float], str | None] = verdict
+) -> Iterable[tuple[Task, Entry, str]]:
     for task in tasks:
         for (arm, budget, taken), entry in task.figures.items():
             own = task.figures.get((default_like(arm), budget, taken))
             if own is None or bare(arm) in (DEFAULT, FULL, HALF) or not steps(taken):
                 continue
-            said = verdict(entry, (own["retained"] or [0])[0])
+            said = by(entry, (own["retained"] or [0])[0])
             if said:
                 yield task, entry, said
 
 
 def summary(tasks: Sequence[Task]) -> str:
-    words = ("ahead", "no difference", "both above 99%", "behind")
     text = ""
     for title, steps in (("without recovery", lambda s: s == 0), ("with recovery", lambda s: s > 0)):
-        found = list(judged(tasks, steps))
-        arms = list(dict.fromkeys(entry["arm"] for _, entry, _ in found))
-        rows = [
-            [f"`{arm}`", *(str(sum(e["arm"] == arm and said == w for _, e, said in found)) for w in words)]
-            for arm in sorted(arms, key=lambda a: ARMS.index(a) if a in ARMS else len(ARMS))
-        ]
-        if rows:
-            text += f"\n### {title.capitalize()}\n\n" + table(["against", *words], rows)
+        counts = counted(list(judged(tasks, steps)), ("ahead", "no difference", "both above 99%", "behind"))
+        if counts:
+            text += f"\n### {title.capitalize()}\n\n" + counts
     start = f"## `{DEFAULT}` against the others\n\n"
     if not text:
         return start + f"No result of `{DEFAULT}` is here yet.\n"
@@ -180,7 +186,24 @@ def summary(tasks: Sequence[Task]) -> str:
         "In how many cells (task × budget) its gain retained has the interval of the paired difference above 0; its "
         "loss where the adapter has no gain to take shares of.\n"
     )
+    near = counted(list(judged(tasks, lambda s: s == 0, nearness)), ("ahead", "no difference", "behind"))
+    if near:
+        text += (
+            "\n### Without recovery, by how near it is to the full adapter\n\n"
+            "KL of the predictions in place of the gain. What is cut away may have been noise, and a loss then falls "
+            "by chance: near 100% of the gain this is the sharper question.\n\n" + near
+        )
     return start + said + text
+
+
+def counted(found: Sequence[tuple[Task, Entry, str]], words: Sequence[str]) -> str:
+    """In how many cells the default is what, against each arm."""
+    arms = list(dict.fromkeys(entry["arm"] for _, entry, _ in found))
+    rows = [
+        [f"`{arm}`", *(str(sum(e["arm"] == arm and said == w for _, e, said in found)) for w in words)]
+        for arm in sorted(arms, key=lambda a: ARMS.index(a) if a in ARMS else len(ARMS))
+    ]
+    return table(["against", *words], rows) if rows else ""
 
 
 def shortfalls(tasks: Sequence[Task]) -> str:

@@ -139,8 +139,7 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
         return triple(metrics.interval(np.mean([v for v in values if v is not None], axis=0)))
 
     kept = mean("retained", have, name)
-    # without a gain a loss says nothing of how near an arm is to the full adapter
-    nearer = {} if kept or name == default else {"default_nearer_by": mean("divergence", both, name, default)}
+    nearer = {} if name == default else {"default_nearer_by": mean("divergence", both, name, default)}
     return {
         **{k: first[k] for k in ("arm", "budget", "recovery")},
         "from": _origin(have, (name, default), done),
