@@ -23,6 +23,13 @@ def machine(threads: int | None = None) -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores{used} (load {load})"
 
 
+def device_name(device: str) -> str:
+    """The card's name where it is a GPU."""
+    import torch  # not at the top: the benchmarks that start processes do without it
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 

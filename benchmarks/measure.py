@@ -1,7 +1,7 @@
 """What measuring costs, beside the same passes without it: seconds of the processor and of the clock.
 
     python benchmarks/measure.py --model DIR [--rows 24] [--length 256] [--runs 3] [-o benchmarks/results/measure.json]
-    python benchmarks/measure.py --shape 7b --device cuda --rows 32 --length 1024 [-o ...]
+    python benchmarks/measure.py --shape 7b --device cuda --rows 16 --length 1024 [-o ...]
 
 A random adapter of rank 16 on all linear layers of a real base (SmolLM2-135M for the figures of the CPU) or of a random
 one in bfloat16 (--shape, as phases.py makes it), rows of the fixture's Tiny Shakespeare cut to the same length, the
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from facts import machine, spread, tell, versions
+from facts import device_name, machine, spread, tell, versions
 from phases import SHAPES
 from recovery import RANK, make_adapter
 
@@ -180,7 +180,7 @@ def main() -> None:
         f"{'float32' if given.model else 'bfloat16'}, rank {RANK} on {len(adapter.linear)} linear layers; "
         f"{MANY} of rank {RANK_OF_MANY} in one pass",
         "machine": machine(given.threads),
-        "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+        "device": device_name(given.device),
         "versions": versions(),
         "runs": given.runs,
         "seconds": {

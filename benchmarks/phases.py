@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from facts import machine, spread, tell, versions
+from facts import device_name, machine, spread, tell, versions
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "stories260k"
 SHAPES = {  # hidden, inner, layers, heads, key-value heads, vocabulary, tied
@@ -97,8 +97,7 @@ def one(given: argparse.Namespace) -> None:
     with steps.step("write"):
         write_adapter(smaller, given.place / f"out-{os.getpid()}")
     steps.done["measure"]["cpu_seconds"] = round(cpu, 3)
-    device = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"
-    print(json.dumps({"steps": steps.done, "modules": len(adapter.linear), "device": device}))
+    print(json.dumps({"steps": steps.done, "modules": len(adapter.linear), "device": device_name(given.device)}))
 
 
 def main() -> None:

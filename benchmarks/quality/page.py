@@ -145,9 +145,7 @@ def verdict(entry: Entry, best: float) -> str | None:
     if best > HIGH and (entry["retained"] or [0])[0] > HIGH:
         return "both above 99%"
     found = entry["default_better_by"] or entry["default_better_by_nats"]
-    if found is None:
-        return None
-    return side(found)
+    return side(found) if found else None
 
 
 def side(found: Triple) -> str:
@@ -223,16 +221,20 @@ def shortfalls(tasks: Sequence[Task]) -> str:
             best, *others = recipes(task, entry)
             if entry is not best:
                 continue
+            shown = kept_cell if not TASKS[task.name].labelled else lambda e: points(e["accuracy_to_full"])
+            also = "".join(f"; `{e['arm']}` {shown(e)}" for e in others)
             wanted = None if TASKS[task.name].labelled else (WANTED_IN_BYTES if stored(arm) else WANTED).get(budget)
             kept = entry["retained"]
             if wanted and kept and kept[0] < wanted:
-                also = "".join(f"; `{e['arm']}` {kept_cell(e)}" for e in others)
                 lines.append(
                     f"- {where(task, entry)}: `{arm}` keeps {kept_cell(entry)}%, wanted {percent(wanted)}%{also}."
                 )
             near = entry["accuracy_to_full"]
             if near and budget >= 12.5 and near[1] <= NEAR:
-                lines.append(f"- {where(task, entry)}: accuracy to the full adapter {points(near)}; wanted above −1.")
+                lines.append(
+                    f"- {where(task, entry)}: `{arm}` has an accuracy to the full adapter of {points(near)}, "
+                    f"wanted above −1{also}."
+                )
     title = (
         "\n## Where it does not hold\n\nOf the ways to recover that were tried the best stands first, and the others "
         "behind it. It was chosen by these very rows, so its figure is a little too good.\n\n"
@@ -243,7 +245,10 @@ def shortfalls(tasks: Sequence[Task]) -> str:
 
 
 def recipes(task: Task, entry: Entry) -> list[Entry]:
-    """All ways in which the default was recovered at the size of `entry`; the one that keeps the most first."""
+    """All ways in which the default was recovered at the size of `entry`, the best first.
+
+    By what is asked of the task: the gain that is kept, or the lower bound of the accuracy to the full adapter.
+    """
     found = [
         e
         for e in task.figures.values()
@@ -252,6 +257,8 @@ def recipes(task: Task, entry: Entry) -> list[Entry]:
         and e["budget"] == entry["budget"]
         and e["recovery"]
     ]
+    if TASKS[task.name].labelled:
+        return sorted(found, key=lambda e: -e["accuracy_to_full"][1])
     return sorted(found, key=lambda e: -(e["retained"] or [0])[0])
 
 
@@ -298,7 +305,7 @@ def section(task: Task) -> str:
         elif any(e["default_better_by_nats"] for e in task.figures.values()):
             lead = grid(task, steps, lambda e: nats(e["default_better_by_nats"]), others)
             text += f"\n`{DEFAULT}` better by, in loss, nats.\n\n{lead}" if lead else ""
-            near = grid(task, steps, lambda e: nats(e.get("default_nearer_by"), 1000), others)
+            near = grid(task, steps, lambda e: nats(e["default_nearer_by"], 1000), others)
             text += f"\n`{DEFAULT}` nearer to the full adapter by, KL in nats / 1000.\n\n{near}" if near else ""
         if any(e["accuracy_to_full"] for e in task.figures.values()):
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)

@@ -138,13 +138,11 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
             return None
         return triple(metrics.interval(np.mean([v for v in values if v is not None], axis=0)))
 
-    kept = mean("retained", have, name)
-    nearer = {} if name == default else {"default_nearer_by": mean("divergence", both, name, default)}
     return {
         **{k: first[k] for k in ("arm", "budget", "recovery")},
         "from": _origin(have, (name, default), done),
         "share": float(np.mean([e["share"] for e in found])),
-        "retained": kept,
+        "retained": mean("retained", have, name),
         "of_seeds": [e["retained"][0] if e["retained"] else None for e in found],
         # not known of an adapter with a head of its own
         "divergence": float(np.mean([e["divergence"][0] if e["divergence"] else np.nan for e in found])),
@@ -154,7 +152,7 @@ def _entry(name: str, done: Done, tables: dict[int, Table], counts: Numbers) -> 
         "default_better_by": mean("retained", both, default, name) if name != default else None,
         "default_better_by_nats": mean("loss", both, name, default) if name != default else None,
         "default_more_accurate_by": mean("accuracy", both, default, name) if labelled and name != default else None,
-        **nearer,
+        "default_nearer_by": mean("divergence", both, name, default) if name != default else None,
     }
 
 

@@ -143,10 +143,10 @@ class Sums:
     def _by_rank(self, modules: Sequence[str], seen: Sequence[Tensor]) -> Iterator[tuple[list[Adapted], list[Tensor]]]:
         """Modules and their adapters, those of one rank together, with their columns, (adapted, tokens, r)."""
         ranks = list(self._ranks[modules[0]].values())
+        names = [list(self._ranks[m]) for m in modules]
         columns = [torch.split(values, ranks, dim=2) for values in seen]
         for rank in dict.fromkeys(ranks):
             places = [n for n, r in enumerate(ranks) if r == rank]
-            names = [list(self._ranks[m]) for m in modules]
             adapted = [(m, name[n]) for n in places for m, name in zip(modules, names, strict=True)]
             yield adapted, [_joined([split[n] for n in places]) for split in columns]
 
