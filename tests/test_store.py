@@ -192,6 +192,23 @@ def test_half_precision_shares_its_range_and_refuses_what_it_cannot_hold():
     assert torch.isfinite(store_adapter(lone(large), "bf16").factors("m").A).all()
 
 
+@pytest.mark.parametrize(
+    ("store", "most"), [("fp32", 0), ("bf16", 1e-4), ("fp16", 1e-6), ("int8", 1e-3), ("int4", 0.1)]
+)
+@pytest.mark.parametrize("core", [None, (6,), (6, 6)])
+def test_every_module_keeps_its_update_in_every_store_whatever_stands_between_the_factors(store, most, core):
+    generator = torch.Generator().manual_seed(3)
+    f = factors(6, 80, 60, 0.5)
+    f = Factors(f.A * torch.logspace(-3, 3, 6)[:, None], f.B)  # atoms that are far from balanced
+    own = [None if core is None else torch.randn(core, generator=generator) for _ in range(2)]
+    outputs = [torch.rand(80, generator=generator) + 0.5 for _ in range(2)]
+    modules = {f"layers.{n}.q": Pointer("shared", 1.0 + n, own[n], outputs[n]) for n in range(2)}
+    adapter = Adapter({"peft_type": "LORA"}, {"shared": f}, modules, {})
+    held = store_adapter(adapter, store)
+    for module in modules:
+        assert error(adapter.factors(module), held.factors(module)) <= most
+
+
 def lone(f):
     return Adapter({"peft_type": "LORA"}, {"m": f}, {"m": Pointer("m", 1.0)}, {})
 

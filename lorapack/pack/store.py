@@ -89,18 +89,27 @@ def store_adapter(adapter: Adapter, store: Store | None, known: Mapping[str, Sid
             or (factors.codes is not None and factors.codes.store == store)
         ):
             return factors
+        users = [module for module, pointer in adapter.modules.items() if pointer.factors == name]
+        apart = adapter.modules[users[0]].core is not None
         if store == "int8" or store == "int4":
-            users = [module for module, pointer in adapter.modules.items() if pointer.factors == name]
+            if apart:
+                return quantised_apart(factors, store)
             return quantised(factors, store, *(known or {}).get(users[0] if len(users) == 1 else "", (None, None)))
-        return _cast(name, factors, DTYPES[store])
+        return _cast(name, factors, DTYPES[store], apart)
 
     return replace(adapter, pool={name: stored(name, factors) for name, factors in adapter.pool.items()})
 
 
-def _cast(name: str, factors: Factors, dtype: torch.dtype) -> Factors:
+def _cast(name: str, factors: Factors, dtype: torch.dtype, apart: bool) -> Factors:
+    """Both factors in another dtype; `apart` where a core stands between them, so that no atom is theirs alone."""
     a, b = factors.A, factors.B
     if dtype == torch.float16 and factors.A.dtype != dtype:  # of small range: let B and A share it
-        b, a = balanced(b.double(), a.double())
+        b, a = b.double(), a.double()
+        if not apart:
+            b, a = balanced(b, a)
+        elif b.any() and a.any():
+            ratio = (a.norm() / b.norm()).sqrt()
+            b, a = b * ratio, a / ratio
     a, b = a.to(dtype), b.to(dtype)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise InputError(f"--store: the factors of {name} are too large for {dtype}; use bf16 or fp32")
@@ -148,6 +157,21 @@ def quantised(factors: Factors, store: Coded, inputs: Side | None = None, deriva
     for _ in range(SWEEPS):
         b = rerounded(b, target_a, target_b, a.values, inputs)
         a = rerounded(a, target_b.T, target_a.T, b.values, derivatives)
+    return _coded(store, a, b)
+
+
+def quantised_apart(factors: Factors, store: Coded) -> Factors:
+    """`quantised` where a core K stands between B and A: each is rounded by itself, in the basis it is in.
+
+    Another basis of B and A would be another update, for B R^-1 K R A is not B K A; and what A's rounding has
+    spoilt is not for one B to make up for, with another K in every layer.
+    """
+    a, b = (on_grid(rows.double(), LOWEST[store]) for rows in (factors.A, factors.B.T))
+    return _coded(store, a, b)
+
+
+def _coded(store: Coded, a: Grid, b: Grid) -> Factors:
+    """The pair of A (r, d_in) and B^T (r, d_out), both on their grids."""
     numbers = a.codes.to(torch.int8), b.codes.T.contiguous().to(torch.int8)
     return decoded(Codes(store, *numbers, torch.cat([a.scales, b.scales], dim=1).to(torch.bfloat16)))
 
