@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import lorapack
 from lorapack import Adapter, Factors, InputError, Pointer, read_adapter, write_adapter
+from lorapack.core.adapter import digest
 from lorapack.write import put_adapter
 
 IDS = torch.arange(2, 42).reshape(2, 20)
@@ -692,6 +693,7 @@ def test_what_is_written_reads_back_equal(tmp_path_factory, adapter):
     assert_adapters_equal(found, adapter)
     assert found.groups == adapter.groups
     assert found.task_type == "CAUSAL_LM"
+    assert digest(found) == digest(adapter)  # by which a report knows the tensors that it is about
 
 
 @settings(max_examples=40, deadline=None)

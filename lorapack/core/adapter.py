@@ -272,10 +272,15 @@ def size(adapter: Adapter) -> Size:
 
 
 def digest(adapter: Adapter) -> str:
-    """SHA-256 over every module's pointer and every tensor's bytes: equal adapters, equal digests."""
+    """SHA-256 over every module's pointer and every tensor's bytes: equal adapters, equal digests.
+
+    Of a scale it knows what float32 holds: a checkpoint says it as alpha, and alpha over the rank (over its root with
+    rsLoRA) need not be the same number to the last bit.
+    """
     state = hashlib.sha256()
     for module, pointer in adapter.modules.items():
-        state.update(json.dumps([module, pointer.factors, pointer.scale]).encode())
+        scale = torch.tensor(pointer.scale, dtype=torch.float32).item() + 0.0  # no -0.0
+        state.update(json.dumps([module, pointer.factors, scale]).encode())
     for name in sorted(adapter.pool):
         for tensor in (adapter.pool[name].A, adapter.pool[name].B):
             _feed(state, name, tensor)
