@@ -10,7 +10,7 @@ from peft import PeftModel
 from support import ADAPTER, BASE, HELDOUT, attached, bert
 from transformers import LlamaForCausalLM
 
-from lorapack.core.adapter import Adapter, Factors, digest
+from lorapack.core.adapter import Adapter, Factors, digest, size
 from lorapack.core.plan import Choice, Plan
 from lorapack.data.batches import batches
 from lorapack.data.columns import detect, examples
@@ -20,8 +20,10 @@ from lorapack.evaluate.scores import score
 from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.pack import pack_adapter
+from lorapack.pack.store import store_adapter
 from lorapack.read import read_adapter
 from lorapack.recover import Settings, recover
+from lorapack.recover.refit import refit
 from lorapack.write import write_adapter
 
 GROUP = [f"model.layers.{n}.mlp.up_proj" for n in (1, 2, 3)]
@@ -189,6 +191,20 @@ def test_factors_in_bf16_stay_in_bf16_and_do_not_get_worse_by_rounding(case):
     kept = divergence(case, adapter, case.selection)
     assert kept < divergence(case, packed, case.selection)
     assert kept == pytest.approx(dict(record.curve)[record.best], rel=1e-6)  # what was judged is what is returned
+
+
+@pytest.mark.parametrize("store", ["int8", "int4"])
+def test_factors_in_few_bits_stay_in_few_bits_and_are_judged_as_rounded(case, store):
+    packed = store_adapter(case.packed, store)
+    adapter, record = run(case, packed)
+    assert {f.codes.store for f in adapter.pool.values()} == {store} and size(adapter) == size(packed)
+    assert record.best > 0
+    kept = divergence(case, adapter, case.selection)
+    assert kept < divergence(case, packed, case.selection)
+    assert kept == pytest.approx(dict(record.curve)[record.best], rel=1e-6)  # what was judged is what is returned
+    fitted, found = refit(case.loaded, case.original, packed, case.training, case.selection)
+    assert found.kept != "before" and size(fitted) == size(packed)
+    assert divergence(case, fitted, case.selection) == pytest.approx(getattr(found, found.kept), rel=1e-6)
 
 
 def test_a_classifiers_saved_head_is_the_teachers_and_stays(tmp_path):

@@ -78,26 +78,46 @@ def store_adapter(adapter: Adapter, store: Store | None, known: Mapping[str, Sid
     Raises:
         InputError: a number too large for fp16; names the factors.
     """
-
     if store is None:
         return adapter
+    pool = {name: _stored(adapter, name, store, known or {}) for name in adapter.pool}
+    return replace(adapter, pool=pool)
+
+
+def stored_as(adapter: Adapter, like: Adapter) -> Adapter:
+    """The adapter with its pairs in as few bits as the pairs of another of the same pool.
+
+    Args:
+        adapter: the same modules with the same factors but for their values, which something has trained.
+        like: how it was held. A pair whose values are its own still is taken from it, bit for bit.
+    """
 
     def stored(name: str, factors: Factors) -> Factors:
-        if (
-            factors.kind != "linear"
-            or factors.seed is not None
-            or (factors.codes is not None and factors.codes.store == store)
-        ):
+        before = like.pool[name]
+        if not isinstance(before.codes, Codes):
             return factors
-        users = [module for module, pointer in adapter.modules.items() if pointer.factors == name]
-        apart = adapter.modules[users[0]].core is not None
-        if store == "int8" or store == "int4":
-            if apart:
-                return quantised_apart(factors, store)
-            return quantised(factors, store, *(known or {}).get(users[0] if len(users) == 1 else "", (None, None)))
-        return _cast(name, factors, DTYPES[store], apart)
+        if torch.equal(factors.A, before.A) and torch.equal(factors.B, before.B):
+            return before
+        return _stored(adapter, name, before.codes.store, {})
 
     return replace(adapter, pool={name: stored(name, factors) for name, factors in adapter.pool.items()})
+
+
+def _stored(adapter: Adapter, name: str, store: Store, known: Mapping[str, Sides]) -> Factors:
+    factors = adapter.pool[name]
+    if (
+        factors.kind != "linear"
+        or factors.seed is not None
+        or (factors.codes is not None and factors.codes.store == store)
+    ):
+        return factors
+    users = [module for module, pointer in adapter.modules.items() if pointer.factors == name]
+    apart = adapter.modules[users[0]].core is not None
+    if store == "int8" or store == "int4":
+        if apart:
+            return quantised_apart(factors, store)
+        return quantised(factors, store, *known.get(users[0] if len(users) == 1 else "", (None, None)))
+    return _cast(name, factors, DTYPES[store], apart)
 
 
 def _cast(name: str, factors: Factors, dtype: torch.dtype, apart: bool) -> Factors:

@@ -20,6 +20,7 @@ from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.memory import piecewise
 from lorapack.model.point import Placed, place, taken
+from lorapack.pack.store import stored_as
 from lorapack.processes import add_up, anywhere, first, gathered, number
 from lorapack.processes import count as processes
 from lorapack.recover import state as states
@@ -115,6 +116,9 @@ def recover(
 ) -> tuple[Adapter, Recovery]:
     """Train the packed adapter's linear factors; the best state on the selection rows is returned.
 
+    Pairs that are held in few bits (`lorapack.core.codes.Codes`) are trained as floats, judged as they come out of
+    rounding, and held in as few bits in the end.
+
     AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that finds no
     improvement lowers the learning rate, the next one in a row also goes back to the best state, the
     third ends it; so one rate suits language models and small classifiers. Factors that several
@@ -144,8 +148,7 @@ def recover(
     inside = settings.layers if settings.objective != "task" else 0.0  # the task has no teacher
     teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
-    trained = student.trained()
-    parameters = list(trained.values())
+    parameters = list(student.trained().values())
     optimizer, steps = _optimizer(student, settings.learning_rate), settings.steps
     warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
     batch_tokens = at_once(loaded, batch_tokens)
@@ -153,18 +156,14 @@ def recover(
     judge = Teacher(loaded, teacher.placed)
     in_memory = batch_tokens if loaded.device.type == "cuda" else min(batch_tokens, AT_ONCE)
     masks = Masks(settings.rank_dropout, settings.rank_mask, seed)
-    dtypes = [getattr(packed.pool[n] if part in ("A", "B") else packed.modules[n], part).dtype for n, part in trained]
 
     # an adapter that learns from itself is at no distance from itself but with ranks off; all else is judged whole
     judged_masked = masks.p > 0 and settings.objective == "kl" and digest(original) == digest(packed)
 
     def check() -> float:
-        exact = _state(parameters)
-        _restore(parameters, [value.to(dtype) for value, dtype in zip(exact, dtypes, strict=True)])  # as it is written
+        written = place(_written(packed, student), loaded.device, trainable=True)  # which is what masks are for
         with nullcontext() if judged_masked else masks.off():
-            found = measured(loaded, student, judge, masks.fixed(held), settings.objective)
-        _restore(parameters, exact)
-        return found
+            return measured(loaded, written, judge, masks.fixed(held), settings.objective)
 
     def train(batch: Batch) -> float:
         """One step's gradients, of the rows of all processes; the mean objective."""
@@ -248,7 +247,12 @@ def recover(
         stopped,
         judged_masked,
     )
-    return taken(packed, student) if at.best else packed, record
+    return _written(packed, student) if at.best else packed, record
+
+
+def _written(packed: Adapter, student: Placed) -> Adapter:
+    """What the student is once it is written: in the dtypes of the packed adapter, and in its codes."""
+    return stored_as(taken(packed, student), packed)
 
 
 def _share(batch: Batch) -> Batch:

@@ -14,6 +14,7 @@ from lorapack.model.forward import inputs, no_cache
 from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
+from lorapack.pack.store import stored_as
 from lorapack.processes import from_first
 from lorapack.recover.objective import Objective, Teacher, measured
 
@@ -59,7 +60,8 @@ def refit(
     """
     held = batches(selection, at_once(loaded, batch_tokens), loaded.pad)
     teacher = Teacher(loaded, place(original, loaded.device))
-    tried = {"before": packed, **{k: fitted(loaded, original, packed, rows, k == "whole") for k in ("own", "whole")}}
+    refits = {k: fitted(loaded, original, packed, rows, k == "whole") for k in ("own", "whole")}
+    tried = {"before": packed, **{k: stored_as(found, packed) for k, found in refits.items()}}
     found = {k: measured(loaded, place(a, loaded.device), teacher, held, objective) for k, a in tried.items()}
     kept = min(found, key=lambda k: found[k])  # the first of equals: before
     return from_first(tried[kept]), Refit(found["before"], found["own"], found["whole"], kept)
