@@ -193,6 +193,8 @@ def compress_adapter(
             plan, statistics = best_plan(job, statistics, chosen, limit, options)
     with steps.step("pack"):
         smaller = packed(job, plan, statistics)
+    if most is not None and any(pointer.own for pointer in smaller.modules.values()):  # no recovery in vain
+        _check_bytes(store_adapter(smaller, store), most)
     refitted, recovery = None, None
     with steps.step("recover"):
         if smaller.linear:
@@ -306,7 +308,10 @@ def _check_numbers(batch_tokens: int, budget: str | None, retain: float | None) 
 
 def _check_bytes(smaller: Adapter, most: float | None) -> None:
     if most is not None and size(smaller).bytes > most:
-        raise InputError(f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}")
+        raise InputError(
+            f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}: what layers have of "
+            "their own beside shared factors takes more bytes than those; give a --budget in parameters"
+        )
 
 
 def _needed_by(plan: Plan, adapter: Adapter) -> Need:

@@ -207,6 +207,7 @@ def test_every_module_keeps_its_update_in_every_store_whatever_stands_between_th
     held = store_adapter(adapter, store)
     for module in modules:
         assert error(adapter.factors(module), held.factors(module)) <= most
+    assert {t.element_size() for p in held.modules.values() for t in p.own} == {4 if store == "fp32" else 2}
 
 
 def lone(f):
@@ -494,6 +495,19 @@ def test_an_atom_never_takes_more_than_it_is_counted_for(store, d_out, d_in, ran
 
 
 # The whole job
+
+
+def test_what_layers_have_of_their_own_counts_before_any_step_is_taken():
+    given = {"method": "tied", "options": {"sharing": "core"}, "sample": "6", "max_length": 16, "device": "cpu"}
+
+    def watch(step, items):
+        assert step != "recover", "it recovers what it then refuses"
+        return items
+
+    with pytest.raises(InputError, match="LoRA bytes, the budget allows 147,968: what layers have of their own"):
+        compress_adapter(
+            read_adapter(ADAPTER), str(CALIBRATION), str(BASE), budget="40%", store="int4", watch=watch, **given
+        )
 
 
 def test_the_figures_are_of_what_is_written(tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lorapack.core.adapter import Adapter, Factors, decoded
+from lorapack.core.adapter import Adapter, Factors, Pointer, decoded
 from lorapack.core.codes import DTYPES, LOWEST, Coded, Codes, Store
 from lorapack.core.linalg import FLOOR
 from lorapack.core.statistics import Statistics
@@ -72,8 +72,8 @@ def store_adapter(adapter: Adapter, store: Store | None, known: Mapping[str, Sid
     Args:
         adapter: unchanged.
         known: `sides` by module, where there are some; a pair that several modules share has none.
-        store: ``fp32``, ``bf16`` and ``fp16`` round to the nearest; ``int8`` and ``int4`` as `quantised`; None
-            leaves everything as it is.
+        store: ``fp32``, ``bf16`` and ``fp16`` round to the nearest; ``int8`` and ``int4`` as `quantised`, with
+            the cores and output vectors that layers have of their own in bf16; None leaves everything as it is.
 
     Raises:
         InputError: a number too large for fp16; names the factors.
@@ -81,7 +81,13 @@ def store_adapter(adapter: Adapter, store: Store | None, known: Mapping[str, Sid
     if store is None:
         return adapter
     pool = {name: _stored(adapter, name, store, known or {}) for name in adapter.pool}
-    return replace(adapter, pool=pool)
+    dtype = DTYPES.get(store, torch.bfloat16)
+
+    def pointer(old: Pointer) -> Pointer:
+        core, output = (None if t is None else t.to(dtype) for t in (old.core, old.output))
+        return replace(old, core=core, output=output)
+
+    return replace(adapter, pool=pool, modules={module: pointer(old) for module, old in adapter.modules.items()})
 
 
 def stored_as(adapter: Adapter, like: Adapter) -> Adapter:
