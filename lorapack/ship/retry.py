@@ -48,7 +48,7 @@ def persist(work: Callable[[], Result], repo: str, wait: float = 1.0, tries: int
             if number == tries:
                 raise InputError(
                     f"{repo}: gave up after {tries} tries ({_first_line(cause)}); run it again, "
-                    "what was uploaded is not sent twice"
+                    "what was transferred is not transferred twice"
                 ) from None
             time.sleep(max(wait * 2 ** (number - 1), _asked_for(cause)))
     raise AssertionError("no try was left")
