@@ -20,7 +20,7 @@ from support import ADAPTER, BASE, CALIBRATION, HELDOUT, call, edit, gpt2, llama
 from transformers import AutoModelForCausalLM
 
 from lorapack import read_adapter
-from lorapack.cli.files import write_statistics
+from lorapack.cli.files import read_statistics, write_statistics
 from lorapack.cli.main import cli
 from lorapack.core import plan as plans
 from lorapack.core import report as reports
@@ -169,11 +169,22 @@ def test_measure_plan_edit_and_compress_by_hand(root, data, held):
     chain.mkdir()
     common = ("--base", BASE, "--data", data, "--max-length", 64)
     drop_little = ("--method", "lora-drop", "--threshold", 0.99)
-    done = run("measure", ADAPTER, *common, cwd=chain)
+    done = run("measure", ADAPTER, *common, "--json", cwd=chain)
     assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    norms = {module: found["output_norm"] for module, found in said["modules"].items()}
+    for kind in {module.rsplit(".", 1)[1] for module in norms}:
+        total = sum(norm for module, norm in norms.items() if module.endswith(kind))
+        assert all(
+            found["importance"] == pytest.approx(found["output_norm"] / total)
+            for module, found in said["modules"].items()
+            if module.endswith(kind)
+        )
     done = run("plan", ADAPTER, "--statistics", "statistics.safetensors", *drop_little, cwd=chain)
     assert done.returncode == 0, done.stderr
-    assert names(chain) == ["plan.json", "statistics.safetensors"]
+    assert names(chain) == ["plan.json", "statistics.safetensors"] and said["statistics"] == "statistics.safetensors"
+    statistics = read_statistics(str(chain / "statistics.safetensors"))
+    assert statistics.tokens == said["tokens"] and moments.output_norms(read_adapter(ADAPTER), statistics) == norms
     plan = json.loads((chain / "plan.json").read_text())
     assert plans.from_json((chain / "plan.json").read_text()).choices[0].action == "keep"
     choices = {choice["module"]: choice for choice in plan["choices"]}

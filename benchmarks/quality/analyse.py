@@ -21,7 +21,7 @@ from setting import Setting, in_one_line, places, run_facts, setting
 from tasks import TASKS, write_parts
 
 from lorapack.core.names import module_type
-from lorapack.core.statistics import Statistics, output_norms
+from lorapack.core.statistics import Statistics, importances, output_norms
 from lorapack.data.prepare import prepare_evaluation
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
@@ -162,12 +162,8 @@ def error(here: Setting, statistics: Statistics, module: str, metric: Any) -> fl
 
 
 def shares(here: Setting, statistics: Statistics) -> dict[str, float]:
-    """LoRA-drop's importance: the output norm over the sum of its type."""
-    norms = output_norms(here.job.adapter, statistics)
-    totals: dict[str, float] = {}
-    for module, norm in norms.items():
-        totals[module_type(module)] = totals.get(module_type(module), 0.0) + norm
-    return {m: norm / totals[module_type(m)] if totals[module_type(m)] else 0.0 for m, norm in norms.items()}
+    """LoRA-drop's importance."""
+    return importances(output_norms(here.job.adapter, statistics))
 
 
 def compared(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from lorapack.cli.say import say
 @options.MODEL
 @options.REVISION
 @options.PLAN_MEMORY
+@options.JSON
 def measure(
     adapter: str,
     data: str,
@@ -31,16 +32,20 @@ def measure(
     method_options: dict[str, str],
     revision: str | None,
     plan_memory: bool,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Measure what a method needs to know of ADAPTER on the calibration part of some data.
 
-    What is written can be given to `lorapack plan` and `lorapack compress --statistics`.
+    What is written can be given to `lorapack plan` and `lorapack compress --statistics`. What is printed is each
+    module's output norm, and its share of the norms of its type, LoRA-drop's importance.
     """
+    import json
+
     from lorapack.cli.files import write_statistics
     from lorapack.cli.progress import watch
     from lorapack.cli.show import console, table
-    from lorapack.core.statistics import output_norms
+    from lorapack.core.statistics import importances, output_norms
     from lorapack.hub import read_adapter
     from lorapack.job import chosen_method
     from lorapack.measure import measure_adapter
@@ -58,8 +63,15 @@ def measure(
     statistics = measure_adapter(source, data, needs=chosen.needs(chosen_options), watch=watch, **settings)
     others_leave()
     write_statistics(statistics, out, overwrite)
-    norms = table("Output norms", "module", "E||s B A x||²")
-    for module, norm in output_norms(source, statistics).items():
-        norms.add_row(module, f"{norm:.6g}")
-    console().print(norms)
+    norms = output_norms(source, statistics)
+    importance = importances(norms)
+    if as_json:
+        modules = {m: {"output_norm": norms[m], "importance": importance[m]} for m in norms}
+        found = {"tokens": statistics.tokens, "rows": statistics.samples, "statistics": str(out), "modules": modules}
+        say(json.dumps(found, indent=1))
+        return
+    shown = table("Output norms", "module", "E||s B A x||²", "of its type, %")
+    for module, norm in norms.items():
+        shown.add_row(module, f"{norm:.6g}", f"{100 * importance[module]:.1f}")
+    console().print(shown)
     say(f"Measured {statistics.tokens:,} tokens of {statistics.samples:,} rows. Wrote {out}")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter
+from lorapack.core.names import module_type
 from lorapack.core.plan import Metric
 from lorapack.errors import InputError
 
@@ -192,6 +193,21 @@ def output_norms(adapter: Adapter, statistics: Statistics) -> dict[str, float]:
         b = adapter.factors(module).B.double()
         norms[module] = adapter.scale(module) ** 2 * float(((b.T @ b) * statistics.mean(module)).sum())
     return norms
+
+
+def importances(norms: Mapping[str, float]) -> dict[str, float]:
+    """Each module's share of the output norms of its type; 0 where its type gives nothing out.
+
+    Args:
+        norms: `output_norms`, by module.
+
+    Source: LoRA-drop (arXiv 2402.07721), section 3.2; per module type.
+    """
+    of_type: dict[str, list[float]] = {}
+    for module, norm in norms.items():
+        of_type.setdefault(module_type(module), []).append(norm)
+    total = {kind: math.fsum(found) for kind, found in of_type.items()}
+    return {m: norm / total[module_type(m)] if total[module_type(m)] > 0 else 0.0 for m, norm in norms.items()}
 
 
 def check_fits(statistics: Statistics, adapter: Adapter) -> None:

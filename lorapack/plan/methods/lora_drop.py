@@ -14,7 +14,7 @@ from typing import Any, Literal
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.names import module_type, order
 from lorapack.core.plan import Choice, Plan, parameters
-from lorapack.core.statistics import Statistics, check_fits, output_norms
+from lorapack.core.statistics import Statistics, check_fits, importances, output_norms
 from lorapack.errors import InputError
 from lorapack.plan.method import Method
 
@@ -174,9 +174,8 @@ def _kept(modules: Sequence[str], norms: Mapping[str, float], threshold: float, 
 def _at(adapter: Adapter, norms: Mapping[str, float], threshold: float, settings: Mapping[str, Any]) -> Plan:
     choices: dict[str, Choice] = {}
     groups: dict[str, int] = {}
+    share = importances({m: norms[m] for m in adapter.linear})
     for kind, modules in by_type(adapter.linear).items():
-        total = math.fsum(norms[m] for m in modules)
-        share = {m: norms[m] / total if total > 0 else 0.0 for m in modules}
         kept = _kept(modules, norms, threshold, settings["select"], settings["draw"])
         why, why_not = (
             ("within the threshold", "beyond the threshold")
