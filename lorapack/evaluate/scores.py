@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from lorapack.data.batches import Batch
-from lorapack.model.forward import Predictions, divergences, losses
+from lorapack.model.forward import divergences, losses_of, outcomes
 from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
 from lorapack.model.memory import piecewise
@@ -76,25 +76,24 @@ def _scores(
         point(loaded, variants[name])
         seen[name] = features(loaded, batch)
     for part in parts(loaded, seen[reference]):
-        teacher = None
+        teacher = expected = top = None
         for name in names:
             ours = seen[name]
-            output = logits(loaded, variants[name], ours, ours.values[part])
-            found = Predictions(output, ours.targets[part], ours.rows[part])
-            if teacher is None:
-                teacher = found.logits
-            which = found.rows.cpu().numpy()
-            best, top = found.logits.argmax(-1), teacher.argmax(-1)
-            value = found.logits[:, 0] if loaded.is_regression else best
+            found = logits(loaded, variants[name], ours, ours.values[part])
+            outcome, best = outcomes(loaded, found), found.argmax(-1)
+            if teacher is None or expected is None or top is None:  # the reference comes first
+                teacher, expected, top = outcome, outcome.exp(), best
+            which, targets = ours.rows[part].cpu().numpy(), ours.targets[part]
+            value = found[:, 0] if loaded.is_regression else best
             table = tables[name]
             for field, values in (
                 ("predictions", torch.ones_like(value)),
-                ("loss", losses(loaded, found)),
-                ("divergence", divergences(loaded, teacher, found.logits)),
+                ("loss", losses_of(loaded, outcome, targets)),
+                ("divergence", divergences(loaded, teacher, expected, outcome)),
                 ("agreement", best == top),
             ):
                 np.add.at(table[field], which, values.double().cpu().numpy())
             if loaded.task == "SEQ_CLS":
-                table["target"][which] = found.targets.double().cpu().numpy()
+                table["target"][which] = targets.double().cpu().numpy()
                 table["predicted"][which] = value.double().cpu().numpy()
     return list(batch.places), tables

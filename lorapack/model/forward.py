@@ -68,18 +68,32 @@ def single(values: Tensor) -> Tensor:
 
 def losses(loaded: Loaded, found: Predictions) -> Tensor:
     """(n,) the loss of each prediction: cross entropy, or squared error for regression."""
+    return losses_of(loaded, outcomes(loaded, found.logits), found.targets)
+
+
+def outcomes(loaded: Loaded, logits: Tensor) -> Tensor:
+    """(n, classes) log-probabilities; of regression the number as it is. A pass over the vocabulary: made once."""
+    return logits if loaded.is_regression else functional.log_softmax(logits, -1)
+
+
+def losses_of(loaded: Loaded, outcome: Tensor, targets: Tensor) -> Tensor:
+    """(n,) as `losses`, of `outcomes`."""
     if loaded.is_regression:
-        return (found.logits[:, 0] - found.targets.to(found.logits.dtype)) ** 2
-    return functional.cross_entropy(found.logits, found.targets, reduction="none")
+        return (outcome[:, 0] - targets.to(outcome.dtype)) ** 2
+    return functional.nll_loss(outcome, targets, reduction="none")
 
 
-def divergences(loaded: Loaded, teacher: Tensor, student: Tensor) -> Tensor:
-    """(n,) KL(teacher || student) of the predicted distributions; squared difference for regression."""
+def divergences(loaded: Loaded, teacher: Tensor, expected: Tensor, student: Tensor) -> Tensor:
+    """(n,) KL(teacher || student) of the predicted distributions; squared difference for regression.
+
+    Args:
+        teacher, student: `outcomes`.
+        expected: the teacher's exponential, the same for all students.
+    """
     if loaded.is_regression:
         return ((teacher - student) ** 2)[:, 0]
-    return functional.kl_div(
-        functional.log_softmax(student, -1), functional.log_softmax(teacher, -1), log_target=True, reduction="none"
-    ).sum(-1)
+    found: Tensor = torch.linalg.vecdot(expected, teacher - student)
+    return found
 
 
 def acts_on_head(loaded: Loaded) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapack.data.batches import Batch
 from lorapack.model import head
-from lorapack.model.forward import Predictions, divergences, losses
+from lorapack.model.forward import divergences, losses_of, outcomes
 from lorapack.model.head import features, logits, parts
 from lorapack.model.load import Loaded
 from lorapack.model.memory import piecewise
@@ -74,11 +74,12 @@ def measured(
             with precision(loaded):
                 theirs = None if target is None else logits(loaded, teacher.placed, seen, target[part])
                 ours = logits(loaded, student, seen, seen.values[part])
-            value = torch.zeros_like(ours[:, 0])
+            outcome, value = outcomes(loaded, ours), torch.zeros_like(ours[:, 0])
             if theirs is not None:
-                value += divergences(loaded, theirs, ours)
+                expected = outcomes(loaded, theirs)
+                value += divergences(loaded, expected, expected.exp(), outcome)
             if objective != "kl":
-                value += losses(loaded, Predictions(ours, seen.targets[part], seen.rows[part]))
+                value += losses_of(loaded, outcome, seen.targets[part])
             total += float(value.sum(dtype=torch.float64)) / (2 if objective == "both" else 1)
         return total, len(seen)
 
