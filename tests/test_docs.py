@@ -1,7 +1,10 @@
 """The pages and the commands name the same options."""
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -84,3 +87,24 @@ def test_every_option_that_exists_stands_in_the_page_of_the_command_line():
     for name, method in METHODS.items():
         for option in map(flag, method.options):
             assert re.search(rf"^\| `{name}` \| `{option}` \|", CLI_PAGE.read_text(), re.M), (name, option)
+
+
+def test_the_readmes_python_is_a_program_that_runs(tmp_path):
+    """All blocks in their order, as a reader would type them, in a folder with what they name."""
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    (tmp_path / "stories260k").symlink_to(ROOT / "fixtures" / "stories260k")  # as the adapter names its base
+    rows = (ROOT / "fixtures" / "tinyshakespeare" / "calibration.jsonl").read_text().splitlines()[:40]
+    short = [json.dumps({"text": json.loads(row)["text"][:40]}) for row in rows]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(short))
+    blocks = [text for language, text in BLOCK.findall((ROOT / "README.md").read_text()) if language == "python"]
+    assert len(blocks) == 3
+    base = "from transformers import AutoModelForCausalLM\nbase = AutoModelForCausalLM.from_pretrained('stories260k')\n"
+    shared = base + (
+        "model = PeftModel.from_pretrained(base, 'halved')\n"
+        "print(len({id(m.weight) for n, m in model.named_modules() if n.endswith('up_proj.lora_A.default')}))"
+    )
+    program = "\n".join([*blocks[:2], base, blocks[2], shared])
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "smaller" / "report.json").exists()
+    assert int(done.stdout.split()[-1]) < 5  # of five layers: some hold one and the same parameter
