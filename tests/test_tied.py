@@ -24,6 +24,7 @@ from lorapack.model.point import place, point, taken
 from lorapack.pack.fit import fit, fit_frozen
 from lorapack.pack.pack import module_bases
 from lorapack.pack.share import Member, input_basis, share
+from lorapack.pack.store import store_adapter
 
 IDS = torch.arange(2, 42).reshape(2, 20)
 TYPES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -397,13 +398,15 @@ def test_transposed_layers_share_too(tmp_path):
     torch.testing.assert_close(logits(model), logits(naive(gpt2(), adapter)).float(), rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_writes_a_vera_checkpoint_that_peft_reads(root, packed, tmp_path):
-    done = run("expand", root / "vera", "-o", tmp_path / "vera", "--as-vera")
+@pytest.mark.parametrize("store", [None, "int8"])  # int8: the vectors in bf16
+def test_the_command_writes_a_vera_checkpoint_that_peft_reads(root, packed, tmp_path, store):
+    write_adapter(store_adapter(read_adapter(root / "vera"), store), tmp_path / "stored")
+    done = run("expand", tmp_path / "stored", "-o", tmp_path / "vera", "--as-vera")
     assert done.returncode == 0, done.stderr
     model = PeftModel.from_pretrained(llama(), tmp_path / "vera")
     assert type(model.base_model).__name__ == "VeraModel"
     torch.testing.assert_close(
-        logits(model), logits(PeftModel.from_pretrained(llama(), root / "vera")), rtol=1e-5, atol=1e-5
+        logits(model), logits(PeftModel.from_pretrained(llama(), tmp_path / "stored")), rtol=1e-5, atol=1e-5
     )
     config = json.loads((tmp_path / "vera" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["save_projection"]) == ("VERA", 8, True)
