@@ -107,23 +107,31 @@ def nats(found: Triple | None, parts: int = 1) -> str:
 def grid(task: Task, steps: int, cell: Callable[[Entry], str], arms: Sequence[str]) -> str:
     possible = BYTE_BUDGETS if any(map(stored, arms)) else BUDGETS
     budgets = [b for b in possible if any((arm, b, steps) in task.figures for arm in arms)]
+    usual = {
+        b: seeds_of(task.figures[arm, b, steps] for arm in arms if (arm, b, steps) in task.figures) for b in budgets
+    }
     rows = []
     for arm in arms:
         cells = [
-            cell(task.figures[arm, b, steps]) + fewer_seeds(task, task.figures[arm, b, steps])
-            if (arm, b, steps) in task.figures
+            cell(entry) + unless(seeds_of([entry]), usual[b])
+            if (entry := task.figures.get((arm, b, steps)))
             else task.missing(arm, b, steps)
             for b in budgets
         ]
         if set(cells) != {"·"}:
             rows.append([f"`{arm}`", *cells])
-    return table(["", *(f"{b:g}%" for b in budgets)], rows) if rows and budgets else ""
+    head = [f"{b:g}%" + unless(usual[b], tuple(task.seeds)) for b in budgets]
+    return table(["", *head], rows) if rows and budgets else ""
 
 
-def fewer_seeds(task: Task, entry: Entry) -> str:
-    """What an entry is marked with that is not of all the task's seeds."""
-    own = [int(seed) for seed in entry["from"]]
-    return "" if set(own) == task.seeds.keys() else f" {of_seeds(own)}"
+def seeds_of(entries: Iterable[Entry]) -> tuple[int, ...]:
+    """The training seeds of the entry that has the most."""
+    return max((tuple(map(int, e["from"])) for e in entries), key=len)
+
+
+def unless(seeds: tuple[int, ...], usual: tuple[int, ...]) -> str:
+    """What a figure is marked with that is of other seeds than those around it."""
+    return "" if set(seeds) == set(usual) else f" {of_seeds(seeds)}"
 
 
 def of_seeds(seeds: Sequence[int]) -> str:
@@ -273,16 +281,17 @@ def section(task: Task) -> str:
     one = next(iter(task.seeds.values()))
     recipe = TASKS[task.name]
     full = task.figures.get((FULL, 100.0, 0))
-    base = next(e["base"] for r in task.seeds.values() for e in r["figures"] if e["arm"] == FULL)
     text = f"\n## {task.name}\n\n"
     text += (
         f"{recipe.model}, LoRA of rank {recipe.rank} on {one['modules']} modules, {one['parameters']:,} parameters; "
         f"training seeds {', '.join(map(str, task.seeds))}; {one['rows']['calibration']['rows']} rows to measure on, "
-        f"{one['tested']} test rows.\n\n"
+        f"{tested(task)} test rows.\n\n"
     )
     if full:
+        first = seeds_of([full])[0]
+        base = next(e["base"] for e in task.seeds[first]["figures"] if e["arm"] == FULL)
         each = [f"{name} {base[name]:.4g} → {value:.4g}" for name, value in full["metrics"].items()]
-        text += f"Base → full adapter (base of seed {next(iter(task.seeds))}): {', '.join(each)}.\n"
+        text += f"Base (of seed {first}) → full adapter {of_seeds(seeds_of([full]))}: {', '.join(each)}.\n"
         if not full["retained"]:
             text += (
                 "\nThe interval of the adapter's gain in loss holds 0 on these rows, so no share of it can be said. "
@@ -311,6 +320,14 @@ def section(task: Task) -> str:
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""
     return text + controls(task) + in_bfloat16(task)
+
+
+def tested(task: Task) -> str:
+    """How many test rows: of the first seed, and of those that were tested on fewer."""
+    count = {seed: result["tested"] for seed, result in task.seeds.items()}
+    usual = next(iter(count.values()))
+    other = [f"{rows} {of_seeds([s for s in count if count[s] == rows])}" for rows in dict.fromkeys(count.values())]
+    return ", ".join([str(usual), *other[1:]])
 
 
 def controls(task: Task) -> str:
