@@ -308,9 +308,11 @@ def _check_numbers(batch_tokens: int, budget: str | None, retain: float | None) 
 
 def _check_bytes(smaller: Adapter, most: float | None) -> None:
     if most is not None and size(smaller).bytes > most:
+        why = ": what layers have of their own beside shared factors takes more bytes than those"
+        own = any(pointer.own for pointer in smaller.modules.values())
         raise InputError(
-            f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}: what layers have of "
-            "their own beside shared factors takes more bytes than those; give a --budget in parameters"
+            f"the result has {size(smaller).bytes:,} LoRA bytes, the budget allows {most:,.0f}{why if own else ''}; "
+            "give a --budget in parameters"
         )
 
 

@@ -7,7 +7,7 @@ do an encoder's and a decoder's layers.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in a checkpoint
@@ -27,6 +27,14 @@ def order(module: str) -> tuple[tuple[int, int, str], ...]:
 def module_type(module: str) -> str:
     """The name without its numbered components: equal for the same layer kind at every depth."""
     return ".".join(part for part in module.split(".") if not part.isdigit())
+
+
+def by_type(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Module type to its modules, in the order given."""
+    types: dict[str, list[str]] = {}
+    for module in modules:
+        types.setdefault(module_type(module), []).append(module)
+    return types
 
 
 def short_types(modules: list[str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Adapter
-from lorapack.core.names import module_type
+from lorapack.core.names import by_type, module_type
 from lorapack.core.plan import Metric
 from lorapack.errors import InputError
 
@@ -203,10 +203,7 @@ def importances(norms: Mapping[str, float]) -> dict[str, float]:
 
     Source: LoRA-drop (arXiv 2402.07721), section 3.2; per module type.
     """
-    of_type: dict[str, list[float]] = {}
-    for module, norm in norms.items():
-        of_type.setdefault(module_type(module), []).append(norm)
-    total = {kind: math.fsum(found) for kind, found in of_type.items()}
+    total = {kind: math.fsum(norms[m] for m in modules) for kind, modules in by_type(norms).items()}
     return {m: norm / total[module_type(m)] if total[module_type(m)] > 0 else 0.0 for m, norm in norms.items()}
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lorapack.data.batches import Batch
 from lorapack.model.forward import divergences, losses_of, outcomes
@@ -76,13 +77,14 @@ def _scores(
         point(loaded, variants[name])
         seen[name] = features(loaded, batch)
     for part in parts(loaded, seen[reference]):
-        teacher = expected = top = None
+        of_reference: tuple[Tensor, Tensor, Tensor] | None = None
         for name in names:
             ours = seen[name]
             found = logits(loaded, variants[name], ours, ours.values[part])
             outcome, best = outcomes(loaded, found), found.argmax(-1)
-            if teacher is None or expected is None or top is None:  # the reference comes first
-                teacher, expected, top = outcome, outcome.exp(), best
+            if of_reference is None:  # it comes first
+                of_reference = outcome, outcome.exp(), best
+            teacher, expected, top = of_reference
             which, targets = ours.rows[part].cpu().numpy(), ours.targets[part]
             value = found[:, 0] if loaded.is_regression else best
             table = tables[name]

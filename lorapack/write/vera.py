@@ -35,7 +35,8 @@ def vera_form(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise InputError(f"--as-vera: {module} is not two vectors on seeded factors, as the method vera makes them")
         kinds.setdefault((factors.seed, factors.rank), module)
         core, output = pointer.own
-        tensors[f"{PREFIX}{module}.vera_lambda_d"] = (core.double() * pointer.scale).float()  # the scale is no bf16
+        wide = torch.promote_types(core.dtype, torch.float32)  # the scale is no bf16
+        tensors[f"{PREFIX}{module}.vera_lambda_d"] = (core.double() * pointer.scale).to(wide)
         tensors[f"{PREFIX}{module}.vera_lambda_b"] = output.clone()
     if len(kinds) > 1:
         first, second = list(kinds.values())[:2]

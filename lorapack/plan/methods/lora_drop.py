@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lorapack.core.adapter import Adapter, digest, size
-from lorapack.core.names import module_type, order
+from lorapack.core.names import by_type, order
 from lorapack.core.plan import Choice, Plan, parameters
 from lorapack.core.statistics import Statistics, check_fits, importances, output_norms
 from lorapack.errors import InputError
@@ -103,13 +103,6 @@ def keep_until(importance: Mapping[str, float], threshold: float) -> list[str]:
     reached = itertools.accumulate(importance[module] for module in ranked)
     before = [0.0, *reached]
     return [module for module, sum_before in zip(ranked, before, strict=False) if sum_before < aim]
-
-
-def by_type(modules: Sequence[str]) -> dict[str, list[str]]:
-    types: dict[str, list[str]] = {}
-    for module in modules:
-        types.setdefault(module_type(module), []).append(module)
-    return types
 
 
 def candidates(adapter: Adapter, norms: Mapping[str, float]) -> list[float]:
