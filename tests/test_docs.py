@@ -1,4 +1,4 @@
-"""The pages and the commands name the same options."""
+"""The pages and the commands name the same options, and README's Python runs."""
 
 import json
 import re
