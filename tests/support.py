@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -108,14 +109,15 @@ def edit(path: Path, **changes) -> None:
 
 def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "lorapack", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        timeout=300,
+    given, everything = (
+        list(map(str, arguments)),
+        {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
     )
+    everything.pop("PYTEST_CURRENT_TEST", None)
+    if everything == warm.ENVIRONMENT:
+        return warm.run(given, cwd, timeout=300)
+    command = [sys.executable, "-m", "lorapack", *given]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=everything, timeout=300)
 
 
 def call(capsys, monkeypatch, *arguments):

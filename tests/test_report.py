@@ -247,9 +247,14 @@ def opened(browser, address, **settings):
     context.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["report", "hostile", "large", "nothing"])
+SCREENS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"),
+    [(name, *screen) for name in ("report", "hostile", "nothing") for screen in SCREENS]
+    + [("large", 1280, "light"), ("large", 390, "dark")],  # a quarter of a minute each
+)
 def test_it_can_be_read_by_everybody_on_every_screen(browser, pages, name, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
     with opened(browser, pages[name], viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
