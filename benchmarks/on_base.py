@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from facts import machine, versions
 
+from lorapack.choose import best_plan
 from lorapack.core.plan import Plan
 from lorapack.core.report import Interval
 from lorapack.core.statistics import Statistics
 from lorapack.data.encode import Encoded
 from lorapack.data.prepare import prepare
 from lorapack.evaluate.metrics import interval, loss, resamples, retained
-from lorapack.job import Job, best_plan, chosen_method, measure, packed, plan_budget, scores
+from lorapack.job import Job, chosen_method, measure, packed, plan_budget, scores
 from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.load import load
 from lorapack.read import read_adapter

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from facts import machine, versions
 
+from lorapack.choose import smallest_plan
 from lorapack.core.adapter import size
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
-from lorapack.job import Job, chosen_method, figures, measure, packed, smallest_plan
+from lorapack.job import Job, chosen_method, figures, measure, packed
 from lorapack.model.load import load
 from lorapack.read import read_adapter
 from lorapack.sweep import parse_method

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lorapack
+from lorapack.choose import Search, best_plan, smallest_plan
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import STORES, Sparse, Store
 from lorapack.core.plan import Plan, check, cuts_ranks, parameters
@@ -20,8 +21,6 @@ from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
 from lorapack.job import (
     Job,
-    Search,
-    best_plan,
     byte_budget,
     check_measured,
     chosen_method,
@@ -30,7 +29,6 @@ from lorapack.job import (
     packed,
     plan_adapter,
     plan_budget,
-    smallest_plan,
 )
 from lorapack.measure.sums import Average
 from lorapack.model.load import Device, DType, Loaded, load

@@ -1,12 +1,12 @@
 """One adapter on one base with one set of data: what compressing, searching and sweeping have in common."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import Store, bytes_of_atom
-from lorapack.core.plan import Plan, parameters
+from lorapack.core.plan import Plan
 from lorapack.core.report import Quality
 from lorapack.core.statistics import Need, Statistics
 from lorapack.data.batches import Batch, batches
@@ -15,20 +15,18 @@ from lorapack.data.prepare import Prepared
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
-from lorapack.measure.measure import measure_rows, measure_rows_again
+from lorapack.measure.measure import measure_rows
 from lorapack.measure.moments import measure_inputs
 from lorapack.measure.sums import Average
 from lorapack.model.head import at_once
 from lorapack.model.load import Loaded
 from lorapack.model.point import place, point
 from lorapack.pack.pack import ShareInit, module_bases, pack_adapter
-from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT, METHODS, Method
 from lorapack.processes import from_first
 from lorapack.watch import Watch, unwatched
 
 UNITS: dict[str, float] = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1}
-CLOSE = 1.03  # a search for the smallest size ends when two sizes are this near
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,19 +54,6 @@ class Job:
     def batches(self, rows: Sequence[Encoded], logits: bool) -> list[Batch]:
         tokens = at_once(self.loaded, self.batch_tokens) if logits else self.batch_tokens
         return batches(rows, tokens, self.loaded.pad)
-
-
-@dataclass(frozen=True)
-class Search:
-    """How the smallest size was found.
-
-    Attributes:
-        share: the gain that was to be retained.
-        tried: (parameters, lower bound of the gain retained on the selection rows), in the order tried.
-    """
-
-    share: float
-    tried: tuple[tuple[int, float], ...] = field(default_factory=tuple)
 
 
 def measure(job: Job, needs: Collection[Need]) -> Statistics | None:
@@ -211,134 +196,3 @@ def check_measured(adapter: Adapter, statistics: Statistics) -> None:
     """
     if statistics.provenance.get("adapter") not in (None, digest(adapter)):
         raise InputError("the statistics were measured on another adapter; measure this one")
-
-
-def best_plan(
-    job: Job, statistics: Statistics | None, method: Method, budget: int | None, options: Mapping[str, Any]
-) -> tuple[Plan, Statistics | None]:
-    """The method's plan; where it has options to try that are not given, the best of several on the selection rows.
-
-    The best is the nearest to the original's predictions (least divergence), without recovery. A method that wants it
-    (`Method.again`) is asked once more with what is measured where its first plan has changed the model; the better of
-    both plans is taken.
-
-    Returns:
-        The plan, and the statistics that it was made from and has to be packed with.
-
-    Raises:
-        InputError: what the method refuses.
-    """
-    plan, seen = _tried(job, statistics, method, budget, options)
-    # statistics of many adapters in one pass of the base: another pass for each is what they are to save
-    on_base = statistics is not None and statistics.provenance.get("activations") == "base"
-    if statistics is None or not method.again or on_base or not job.prepared.selection:
-        return plan, statistics
-    again = measure_rows_again(
-        job.loaded,
-        job.adapter,
-        packed(job, plan, statistics),
-        job.prepared,
-        statistics,
-        average=job.average,
-        batch_tokens=job.batch_tokens,
-        watch=job.watch,
-    )
-    other, seen_again = _tried(job, again, method, budget, options)
-    distances = [
-        _distance(seen or _selected(job, plan, statistics)),
-        _distance(seen_again or _selected(job, other, again)),
-    ]
-    return (plan, statistics) if distances[0] <= distances[1] else (other, again)
-
-
-def _tried(
-    job: Job, statistics: Statistics | None, method: Method, budget: int | None, options: Mapping[str, Any]
-) -> tuple[Plan, Scores | None]:
-    """`best_plan`, and its scores on the selection rows where they had to be looked at."""
-    variants: list[Mapping[str, Any]] = [options]
-    for option, values in method.tried.items():
-        if option not in options:
-            variants = [{**variant, option: value} for variant in variants for value in values]
-    plans = from_first([method.run(job.adapter, statistics, budget, variant) for variant in variants])
-    plans = [
-        plan
-        for n, plan in enumerate(plans)
-        if (plan.choices, plan.metric) not in [(p.choices, p.metric) for p in plans[:n]]
-    ]
-    if len(plans) == 1 or not job.prepared.selection:
-        return plans[0], None
-    made = [_made(job, plan, statistics) for plan in plans]
-    compared = {"original": job.adapter} | {str(n): adapter for n, adapter in enumerate(made)}
-    found = scores(job, job.prepared.selection, compared, "try")
-    best = min(range(len(plans)), key=lambda n: _distance(found[str(n)]))
-    return plans[best], found[str(best)]
-
-
-def _made(job: Job, plan: Plan, statistics: Statistics | None) -> Adapter:
-    """What a plan comes to, as it will be stored."""
-    return store_adapter(
-        packed(job, plan, statistics), job.store, sides(job.adapter, statistics if job.store else None)
-    )
-
-
-def _selected(job: Job, plan: Plan, statistics: Statistics) -> Scores:
-    compared = {"original": job.adapter, "compressed": _made(job, plan, statistics)}
-    return scores(job, job.prepared.selection, compared, "try")["compressed"]
-
-
-def _distance(found: Scores) -> float:
-    """From the original, summed over the predictions."""
-    return float(found.divergence.sum())
-
-
-def smallest_plan(
-    job: Job, statistics: Statistics | None, method: Method, options: Mapping[str, Any], share: float
-) -> tuple[Plan, Search]:
-    """The smallest plan whose gain retained, without recovery, has its lower bound above `share`.
-
-    Bisection over the budget, on a logarithmic scale, with the statistics measured once. The figure
-    is taken on the selection rows, so the evaluation rows stay unseen.
-
-    Args:
-        job: the adapter and the data.
-        statistics: what the method needs.
-        method, options: how to plan for a budget.
-        share: of the gain, above 0 and below 1.
-
-    Raises:
-        InputError: the gain cannot be told from nothing on the selection rows, or even the whole
-            adapter does not reach the share.
-    """
-    whole = size(job.adapter).parameters
-    tried: list[tuple[int, float]] = []
-    known = scores(job, job.prepared.selection, {"original": job.adapter, "base": None}, "search")
-
-    def attempt(budget: int) -> Plan | None:
-        try:
-            plan, seen = _tried(job, statistics, method, budget, options)
-        except InputError:  # too small for any plan
-            return None
-        if seen is None:
-            smaller = _made(job, plan, statistics)
-            seen = scores(job, job.prepared.selection, {"compressed": smaller}, "search")["compressed"]
-        found = quality(known | {"compressed": seen}, job.loaded.reader.classes, job.seed).retained
-        if found is None or found.low is None:
-            raise InputError(
-                "--retain: on the selection rows the original is not measurably better than the base; "
-                "give more data, or a --budget instead"
-            )
-        tried.append((parameters(plan, job.adapter), found.low))
-        return plan if found.low >= share else None
-
-    best = attempt(whole)
-    if best is None:
-        raise InputError(f"--retain {share:.1%}: even the whole adapter does not keep that much with this method")
-    low, high = max(1, whole // 1000), whole
-    while high > low * CLOSE:
-        middle = int((low * high) ** 0.5)
-        plan = attempt(middle)
-        if plan is None:
-            low = middle
-        else:
-            best, high = plan, middle
-    return best, Search(share, tuple(tried))

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorapack.choose import best_plan
 from lorapack.core.adapter import Adapter, size
 from lorapack.core.codes import Store
 from lorapack.core.report import Quality
 from lorapack.data.prepare import prepare
 from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
-from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, plan_budget
+from lorapack.job import Job, chosen_method, figures, measure, packed, plan_budget
 from lorapack.measure.sums import Average
 from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit

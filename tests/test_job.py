@@ -2,18 +2,22 @@
 
 import itertools
 import re
+import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from support import ADAPTER, BASE, CALIBRATION, FIXTURES, HELDOUT
 
 from lorapack import compress_adapter, read_adapter, sweep_adapter
+from lorapack.choose import ALIKE, FIRST, best_plan, nearest, not_behind, smallest_plan
 from lorapack.core.adapter import digest, size
 from lorapack.core.plan import parameters
 from lorapack.core.report import from_json, to_json
+from lorapack.data.encode import IGNORED
 from lorapack.data.prepare import prepare
 from lorapack.errors import InputError
-from lorapack.job import Job, best_plan, chosen_method, figures, measure, packed, smallest_plan
+from lorapack.job import Job, chosen_method, figures, measure, packed
 from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.load import load
 from lorapack.plan import METHODS
@@ -106,6 +110,56 @@ def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_t
     assert (best.options["peak"], best.options["metric"]) == min(distances, key=distances.get)
     given = {"peak": 1.0, "metric": "loss"}
     assert best_plan(job, statistics, method, limit, given)[0] == method.run(job.adapter, statistics, limit, given)
+
+
+def test_rows_are_not_spent_on_what_is_clearly_farther_or_no_different(job):
+    statistics = measure(job, {"backward"})
+    whole, ranks = size(job.adapter).parameters, ("weight", "output", "loss")
+    eighths = [METHODS["rank"].run(job.adapter, statistics, whole // 8, {"metric": metric}) for metric in ranks]
+    far = [packed(job, plan, statistics) for plan in eighths]
+    near = packed(job, METHODS["rank"].run(job.adapter, statistics, whole * 3 // 4, {}), statistics)
+    looked = []
+
+    def counted(adapters):
+        looked.clear()
+        return nearest(replace(job, watch=lambda _, batches: (looked.append(b) or b for b in batches)), adapters)
+
+    def rows():
+        return sum(len(batch.places) for batch in looked)
+
+    every = len(job.prepared.selection)
+    assert every > 2 * FIRST
+    assert counted([*far, near]) == 3 and rows() == FIRST
+    assert counted([near, near]) == 0 and rows() == FIRST
+    assert counted([near]) == 0 and rows() == 0
+    row = job.prepared.selection[0]
+    long = replace(row, input_ids=row.input_ids * 5, labels=row.labels * 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert nearest(replace(job, prepared=replace(job.prepared, selection=[long])), [*far, near]) == 3, "one row too"
+    distances = [figures(job, job.prepared.selection, adapter).divergence.value for adapter in far]
+    assert distances[counted(far)] <= min(distances) * (1 + ALIKE)
+
+
+def test_the_race_goes_on_between_those_that_may_still_be_the_nearest():
+    each = np.random.default_rng(0).normal(size=(3, 16))
+    close, other, far = 10 + 0.1 * each[0], 10 + 3 * each[1], 20 + each[2]
+    assert not_behind({4: far, 7: close, 9: other}) == [7, 9]
+    assert not_behind({7: close, 4: far}) == [7]
+    assert not_behind({7: close, 9: close + 1e-3}) == [7], "it would not matter"
+    assert not_behind({7: close, 9: close + 0.5}) == [7]
+
+
+def test_a_classifier_with_one_prediction_a_row_is_looked_at_on_all_rows(job):
+    rows, looked = job.prepared.selection, []
+    one_each = [replace(row, labels=(IGNORED,) * (len(row.labels) - 1) + row.labels[-1:]) for row in rows]
+    job = replace(
+        job,
+        prepared=replace(job.prepared, selection=one_each),
+        watch=lambda _, batches: (looked.append(batch) or batch for batch in batches),
+    )
+    assert nearest(job, [job.adapter, job.adapter]) == 0
+    assert sum(len(batch.places) for batch in looked) == len(rows)
 
 
 @pytest.mark.parametrize("given", [{}, {"peak": None, "metric": "fisher"}])

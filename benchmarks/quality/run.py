@@ -24,13 +24,14 @@ from pair import Table, pair, read_table, write_table
 from record import code, read_json, rounded, triple, write_json
 from setting import Setting, adapter_path, base_path, in_one_line, places, run_facts, scales, setting
 
+from lorapack.choose import best_plan
 from lorapack.core.adapter import Adapter, digest, size
 from lorapack.core.codes import STORES
 from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
 from lorapack.evaluate.scores import Scores, score
-from lorapack.job import best_plan, chosen_method, measure, packed, plan_budget
+from lorapack.job import chosen_method, measure, packed, plan_budget
 from lorapack.model.load import load
 from lorapack.model.point import place
 from lorapack.pack.store import sides, store_adapter

@@ -21,9 +21,10 @@ from arms import BATCH
 from record import ROOT, code, read_json, rounded, write_json
 from setting import Setting, places, run_facts, setting
 
+from lorapack.choose import best_plan
 from lorapack.core.adapter import Adapter, size
 from lorapack.data.batches import Batch
-from lorapack.job import best_plan, chosen_method, measure, packed
+from lorapack.job import chosen_method, measure, packed
 from lorapack.model.load import NAME
 from lorapack.model.point import place
 from lorapack.pack import pack_adapter

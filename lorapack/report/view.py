@@ -5,10 +5,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lorapack.choose import Search
 from lorapack.core.checked import parse_value
 from lorapack.core.plan import Choice
 from lorapack.core.report import Interval, ModuleRow, Report
-from lorapack.job import Search
 from lorapack.recover.recover import Recovery
 from lorapack.report.scale import Axis, linear, logarithmic
 from lorapack.sweep import Point
