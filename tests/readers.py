@@ -102,8 +102,10 @@ metric = "weight"
 dtype = "bfloat16"
 weights = "0.7,0.3"
 """
-STATE = {"facts": {}, "curve": [[0, 1.0]], "step": 0, "best": 0, "waited": 0, "cuts": 0}
-KEPT = save({"now.0": torch.ones(2), "kept.0": torch.ones(2)}, {state.KIND: json.dumps(STATE)})
+STATE = {"facts": {}, "curve": [[0, 1.0]], "step": 0, "best": 0, "worse": 0, "cuts": 0}
+KEPT = save(
+    {"now.0": torch.ones(2), "kept.0": torch.ones(2), "judged": torch.ones(2, 3)}, {state.KIND: json.dumps(STATE)}
+)
 
 
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": None}

@@ -63,9 +63,21 @@ def measured(
     loaded: Loaded, student: Placed, teacher: Teacher, batches: Iterable[Batch], objective: Objective
 ) -> float:
     """The mean of the objective over the predictions of some batches."""
+    return mean(measured_by_row(loaded, student, teacher, batches, objective))
 
-    def run(batch: Batch) -> tuple[float, int]:
-        total = 0.0
+
+def mean(by_row: Tensor) -> float:
+    """Of what `measured_by_row` returns: over all predictions."""
+    return float(by_row[0].sum() / by_row[1].sum())
+
+
+def measured_by_row(
+    loaded: Loaded, student: Placed, teacher: Teacher, batches: Iterable[Batch], objective: Objective
+) -> Tensor:
+    """Of each row the sum of the objective, and over how many predictions it is: (2, rows) float64, on the CPU."""
+
+    def run(batch: Batch) -> tuple[tuple[int, ...], Tensor]:
+        found = torch.zeros(2, len(batch.places), dtype=torch.float64)
         target = teacher.values(batch) if objective != "task" else None
         point(loaded, student)
         with precision(loaded):
@@ -80,16 +92,15 @@ def measured(
                 value += divergences(loaded, expected, expected.exp(), outcome)
             if objective != "kl":
                 value += losses_of(loaded, outcome, seen.targets[part])
-            total += float(value.sum(dtype=torch.float64)) / (2 if objective == "both" else 1)
-        return total, len(seen)
+            both = torch.stack([value.double() / (2 if objective == "both" else 1), torch.ones_like(value).double()])
+            found.index_add_(1, seen.rows[part].cpu(), both.cpu())
+        return batch.places, found
 
     with torch.no_grad():
-        found = [piecewise(loaded, batch, run) for batch in rounds(batches)]
-    total, count = 0.0, 0
-    for one_round in zip(*gathered(found), strict=True):
-        for value, number in chain.from_iterable(one_round):
-            total, count = total + value, count + number
-    return total / count
+        pieces = [piece for batch in rounds(batches) for piece in piecewise(loaded, batch, run)]
+    everywhere = list(chain.from_iterable(gathered(pieces)))
+    order = torch.tensor([place for places, _ in everywhere for place in places]).argsort()
+    return torch.cat([found for _, found in everywhere], dim=1)[:, order]
 
 
 def backward(

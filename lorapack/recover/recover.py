@@ -25,12 +25,13 @@ from lorapack.processes import add_up, anywhere, first, gathered, number
 from lorapack.processes import count as processes
 from lorapack.recover import state as states
 from lorapack.recover.mask import Masks, RankMask
-from lorapack.recover.objective import Objective, Teacher, backward, measured
+from lorapack.recover.objective import Objective, Teacher, backward, mean, measured_by_row
 from lorapack.recover.state import State
 
 CHECKS = 6  # how often the selection rows are looked at
-PATIENCE = 3  # checks in a row without improvement after which it stops
-BACK_OFF = 0.3  # of the learning rate after a check without improvement
+PATIENCE = 3  # checks in a row that are surely worse after which it stops
+BACK_OFF = 0.3  # of the learning rate after a check that is surely worse
+SURELY = 2.0  # standard errors, row by row: a high rate's noise, which goes with the rate, is no reason to go back
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
 BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
 AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with more and needs the memory
@@ -119,8 +120,8 @@ def recover(
     Pairs that are held in few bits (`lorapack.core.codes.Codes`) are trained as floats, judged as they come out of
     rounding, and held in as few bits in the end.
 
-    AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that finds no
-    improvement lowers the learning rate, the next one in a row also goes back to the best state, the
+    AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that is worse than the best by more
+    than chance lowers the learning rate, the next one in a row also goes back to the best state, the
     third ends it; so one rate suits language models and small classifiers. Factors that several
     modules point to are one parameter. The start counts as a state, so the objective on the
     selection rows never gets worse; it is that of the whole adapter, without rank masks, unless the
@@ -160,10 +161,10 @@ def recover(
     # an adapter that learns from itself is at no distance from itself but with ranks off; all else is judged whole
     judged_masked = masks.p > 0 and settings.objective == "kl" and digest(original) == digest(packed)
 
-    def check() -> float:
+    def check() -> Tensor:
         written = place(_written(packed, student), loaded.device, trainable=True)  # which is what masks are for
         with nullcontext() if judged_masked else masks.off():
-            return measured(loaded, written, judge, masks.fixed(held), settings.objective)
+            return measured_by_row(loaded, written, judge, masks.fixed(held), settings.objective)
 
     def train(batch: Batch) -> float:
         """One step's gradients, of the rows of all processes; the mean objective."""
@@ -195,7 +196,8 @@ def recover(
             if at.generator is not None:
                 masks.generator.set_state(at.generator)
         else:
-            at = State(now=_state(parameters), kept=_state(parameters), curve=[(0, check())])
+            judged = check()
+            at = State(_state(parameters), _state(parameters), judged, [(0, mean(judged))])
         every = max(1, steps // CHECKS)
         rows = training_batches(training, settings.batch_size, steps, loaded.pad, seed)
         with stop() as asked_here:
@@ -218,19 +220,22 @@ def recover(
                 optimizer.zero_grad()
                 if at.step % every and at.step != steps and not asked():
                     continue
-                at.curve.append((at.step, check()))
-                if at.curve[-1][1] < min(value for _, value in at.curve[:-1]):
-                    at.best, at.kept, at.waited = at.step, _state(parameters), 0
+                judged = check()
+                at.curve.append((at.step, mean(judged)))
+                if mean(judged) < mean(at.judged):
+                    at.best, at.kept, at.judged, at.worse = at.step, _state(parameters), judged, 0
+                elif not surely_worse(judged, at.judged):
+                    at.worse = 0
                 else:
-                    at.waited, at.cuts = at.waited + 1, at.cuts + 1
-                    if 1 < at.waited < PATIENCE:  # a smaller rate alone did not help
+                    at.worse, at.cuts = at.worse + 1, at.cuts + 1
+                    if 1 < at.worse < PATIENCE:  # a smaller rate alone did not help
                         _restore(parameters, at.kept)
                         optimizer.state.clear()
                 if state is not None and first():
                     at.now, at.moments = _state(parameters), states.moments(optimizer, parameters)
                     at.generator = masks.generator.get_state()
                     states.save(at, state, facts)
-                if at.waited == PATIENCE or asked():
+                if at.worse == PATIENCE or asked():
                     break
             stopped = asked() and at.step < steps
     _restore(parameters, at.kept)
@@ -248,6 +253,13 @@ def recover(
         judged_masked,
     )
     return _written(packed, student) if at.best else packed, record
+
+
+def surely_worse(now: Tensor, best: Tensor) -> bool:
+    """Whether the objective is higher than the best by more than other rows would change; (2, rows) each, by row."""
+    difference = now[0] - best[0]
+    error = float(difference.std()) * len(difference) ** 0.5 if len(difference) > 1 else 0.0
+    return float(difference.sum()) > SURELY * error
 
 
 def _written(packed: Adapter, student: Placed) -> Adapter:

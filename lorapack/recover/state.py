@@ -22,19 +22,22 @@ class State:
     """Where a recovery stands.
 
     Attributes:
-        step: taken so far; `best` the one with the best objective, `waited` checks ago, after `cuts` of the rate.
+        step: taken so far; `best` the one with the best objective; the last `worse` checks were surely worse, and the
+            rate has been cut `cuts` times.
         curve: (step, objective on the selection rows).
         now, kept: the parameters, and those of the best step.
+        judged: the best step's objective by row, see `lorapack.recover.objective.measured_by_row`.
         moments: of the optimiser, by name; empty before its first step.
         generator: of the rank masks.
     """
 
     now: list[Tensor]
     kept: list[Tensor]
+    judged: Tensor
     curve: list[tuple[int, float]] = field(default_factory=list)
     step: int = 0
     best: int = 0
-    waited: int = 0
+    worse: int = 0
     cuts: int = 0
     moments: dict[str, Tensor] = field(default_factory=dict)
     generator: Tensor | None = None
@@ -47,10 +50,11 @@ def save(state: State, path: Path, facts: Mapping[str, Any]) -> None:
         OutputError: it cannot be written.
     """
     tensors = {f"now.{n}": t for n, t in enumerate(state.now)} | {f"kept.{n}": t for n, t in enumerate(state.kept)}
+    tensors["judged"] = state.judged
     tensors |= {f"moments.{name}": t for name, t in state.moments.items()}
     if state.generator is not None:
         tensors["generator"] = state.generator
-    header = {name: getattr(state, name) for name in ("curve", "step", "best", "waited", "cuts")}
+    header = {name: getattr(state, name) for name in ("curve", "step", "best", "worse", "cuts")}
     metadata = {KIND: json.dumps({"facts": facts, **header})}
     with new_file(path, overwrite=True) as temporary:
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
@@ -76,6 +80,7 @@ def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
         return State(
             now=several("now"),
             kept=several("kept"),
+            judged=tensors["judged"],
             curve=[(int(step), float(value)) for step, value in header.pop("curve")],
             moments={n.removeprefix("moments."): t for n, t in tensors.items() if n.startswith("moments.")},
             generator=tensors.get("generator"),
