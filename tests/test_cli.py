@@ -424,6 +424,16 @@ def test_no_output_can_replace_or_enter_an_input(place, tmp_path, capsys, monkey
 # The disk and the user
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP")
+@pytest.mark.parametrize(
+    ("said", "rounds"), [({}, 10000), ({"GOMP_SPINCOUNT": "7"}, 7), ({"OMP_WAIT_POLICY": "passive"}, 0)]
+)
+def test_threads_that_wait_soon_sleep_unless_the_user_says_otherwise(said, rounds):
+    """On a machine with other work, threads that spin slow the very thread that they wait for."""
+    done = run("inspect", ADAPTER, OMP_DISPLAY_ENV="VERBOSE", **said)
+    assert f"GOMP_SPINCOUNT = '{rounds}'" in done.stderr
+
+
 def limited(limit):
     """Before a command starts: no file may grow beyond that, as on a full disk."""
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -285,7 +285,7 @@ def section(task: Task) -> str:
     text += (
         f"{recipe.model}, LoRA of rank {recipe.rank} on {one['modules']} modules, {one['parameters']:,} parameters; "
         f"training seeds {', '.join(map(str, task.seeds))}; {one['rows']['calibration']['rows']} rows to measure on, "
-        f"{one['tested']} test rows.\n\n"
+        f"{tested(task)} test rows.\n\n"
     )
     if full:
         first = seeds_of([full])[0]
@@ -320,6 +320,16 @@ def section(task: Task) -> str:
             near = grid(task, steps, lambda e: points(e["accuracy_to_full"]), arms)
             text += f"\nAccuracy to the full adapter, points.\n\n{near}" if near else ""
     return text + controls(task) + in_bfloat16(task)
+
+
+def tested(task: Task) -> str:
+    """How many test rows: of most seeds, and of those that were tested on fewer."""
+    counts = {seed: result["tested"] for seed, result in task.seeds.items()}
+    usual = next(iter(counts.values()))
+    fewer = [
+        f"{rows} {of_seeds([s for s in counts if counts[s] == rows])}" for rows in sorted({*counts.values()} - {usual})
+    ]
+    return ", ".join([str(usual), *fewer])
 
 
 def controls(task: Task) -> str:

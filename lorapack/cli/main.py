@@ -85,6 +85,10 @@ def main() -> None:
     """Run the command line; exit 0, or with one line on stderr: 2 bad input, 3 a gate not met, 1 a fault of ours."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours says how far it is
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # GNU's OpenMP reads it when torch is imported. Its threads wait for each other spinning, which on a machine
+        # with other work takes the processor from the very thread that is waited for
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     debug = "--debug" in sys.argv
     if debug:  # wherever it stands
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
