@@ -33,6 +33,7 @@ PATIENCE = 3  # checks in a row that are surely worse after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check that is surely worse
 SURELY = 2.0  # standard errors, row by row: a high rate's noise, which goes with the rate, is no reason to go back
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
+COOL_DOWN = 0.4  # share of the steps: full speed for longer than a cosine has, and time to settle
 BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
 AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with more and needs the memory
 
@@ -120,10 +121,10 @@ def recover(
     Pairs that are held in few bits (`lorapack.core.codes.Codes`) are trained as floats, judged as they come out of
     rounding, and held in as few bits in the end.
 
-    AdamW without weight decay, a linear warm-up and a cosine down to zero. A check that is worse than the best by more
-    than chance lowers the learning rate, the next one in a row also goes back to the best state, the
-    third ends it; so one rate suits language models and small classifiers. Factors that several
-    modules point to are one parameter. The start counts as a state, so the objective on the
+    AdamW without weight decay; the rate rises linearly, stays, and falls linearly to zero at the end (arXiv
+    2405.18392). A check that is worse than the best by more than chance lowers it, the next one in a row also goes
+    back to the best state, the third ends it; so one rate suits language models and small classifiers. Factors that
+    several modules point to are one parameter. The start counts as a state, so the objective on the
     selection rows never gets worse; it is that of the whole adapter, without rank masks, unless the
     adapter learns from itself.
 
@@ -212,10 +213,11 @@ def recover(
                     raise InputError(
                         f"recovery: the loss is {loss} at step {at.step}; a lower --learning-rate may help"
                     )
-                rising = at.step / warm_up
-                falling = 0.5 * (1 + math.cos(math.pi * (at.step - warm_up) / (steps + 1 - warm_up)))
+                rising, falling = at.step / warm_up, (steps + 1 - at.step) / (steps * COOL_DOWN)
                 for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * group["share"] * BACK_OFF**at.cuts * min(rising, falling)
+                    group["lr"] = (
+                        settings.learning_rate * group["share"] * BACK_OFF**at.cuts * min(1.0, rising, falling)
+                    )
                 optimizer.step()
                 optimizer.zero_grad()
                 if at.step % every and at.step != steps and not asked():
