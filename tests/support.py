@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.Comple
 def call(capsys, monkeypatch, *arguments):
     """The command in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(sys, "argv", ["lorapack", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
+    with patch.dict(os.environ), pytest.raises(SystemExit) as end:  # it sets variables that are not for other tests
         main()
     said = capsys.readouterr()
     return end.value.code, said.out, said.err
