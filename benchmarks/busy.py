@@ -68,18 +68,11 @@ def busy(processes: int) -> Iterator[None]:
 def compress(steps: int, environment: dict[str, str]) -> float:
     unsaid = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "lorapack",
-            "compress",
-            FIXTURES / "adapter",
-            "--base",
-            FIXTURES / "stories260k",
-        ]
-        command += ["--data", DATA, "--budget", "50%", "--recover-steps", str(steps), "--out", Path(folder) / "out"]
+        command = [sys.executable, "-m", "lorapack", "compress", str(FIXTURES / "adapter"), "--budget", "50%"]
+        command += ["--base", str(FIXTURES / "stories260k"), "--data", str(DATA)]
+        command += ["--recover-steps", str(steps), "--out", str(Path(folder) / "out")]
         start = time.perf_counter()
-        subprocess.run(list(map(str, command)), check=True, capture_output=True, env=unsaid | environment)
+        subprocess.run(command, check=True, capture_output=True, env=unsaid | environment)
         return time.perf_counter() - start
 
 

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lorapack.core.adapter import Adapter, size
+from lorapack.core.paired import error_of_sum
 from lorapack.core.plan import Plan, parameters
 from lorapack.core.statistics import Statistics
 from lorapack.errors import InputError
 from lorapack.evaluate.metrics import quality
-from lorapack.evaluate.scores import Numbers
+from lorapack.evaluate.scores import Numbers, Scores, joined
 from lorapack.job import Job, packed, scores
 from lorapack.measure.measure import measure_rows_again
 from lorapack.pack.store import sides, store_adapter
@@ -67,7 +66,7 @@ def best_plan(
     once = not method.again or on_base
     if not job.prepared.selection or (len(plans) == 1 and once):
         return plans[0], statistics
-    best = _best(job, _candidates(job, plans, statistics))
+    best, _ = _best(job, _candidates(job, plans, statistics))
     if once or statistics is None:
         return best.plan, best.statistics
     again = measure_rows_again(
@@ -81,7 +80,7 @@ def best_plan(
         watch=job.watch,
     )
     others = _plans(job, again, method, budget, options)
-    best = _best(job, [best, *_candidates(job, others, again)])
+    best, _ = _best(job, [best, *_candidates(job, others, again)])
     return best.plan, best.statistics
 
 
@@ -106,44 +105,49 @@ def _candidates(job: Job, plans: Sequence[Plan], statistics: Statistics | None) 
     return [Candidate(p, statistics, store_adapter(packed(job, p, statistics), job.store, of_store)) for p in plans]
 
 
-def _best(job: Job, candidates: Sequence[Candidate]) -> Candidate:
-    return candidates[nearest(job, [candidate.adapter for candidate in candidates])]
+def _best(job: Job, candidates: Sequence[Candidate]) -> tuple[Candidate, list[Scores]]:
+    place, seen = nearest(job, [candidate.adapter for candidate in candidates])
+    return candidates[place], seen
 
 
-def nearest(job: Job, adapters: Sequence[Adapter]) -> int:
+def nearest(job: Job, adapters: Sequence[Adapter]) -> tuple[int, list[Scores]]:
     """Which of several adapters is the nearest to the original on the selection rows: has the least divergence, summed.
 
     A race: all are looked at on a few rows (`FIRST`, with at least `LEAST` predictions), then each time on twice as
     many. One that is behind the nearest by more than `BEHIND` standard errors of the difference, row by row, is out.
     It ends when no other can be nearer by more than `ALIKE`, or with the rows. So among language models, which differ
     clearly, it takes a part of the rows; among classifiers, with one prediction a row, it takes them all.
+
+    Returns:
+        Its place, and its scores on the rows that it was looked at on, the first ones.
     """
     rows = job.prepared.selection
     left = list(range(len(adapters)))
-    found: dict[int, list[Numbers]] = {n: [] for n in left}
+    found: dict[int, list[Scores]] = {n: [] for n in left}
     predictions, at, until = 0.0, 0, FIRST
     while len(left) > 1 and at < len(rows):
         heat = rows[at:until]
         compared = {"original": job.adapter} | {str(n): adapters[n] for n in left}
         seen = scores(job, heat, compared, "try")
         for n in left:
-            found[n].append(seen[str(n)].divergence)
+            found[n].append(seen[str(n)])
         predictions += float(seen["original"].predictions.sum())
         at, until = at + len(heat), 2 * until
-        if predictions >= LEAST and at < len(rows):
-            left = not_behind({n: np.concatenate(found[n]) for n in left})
-    return min(left, key=lambda n: sum(float(part.sum()) for part in found[n]))
+        if predictions >= LEAST:
+            left = not_behind({n: joined(found[n]).divergence for n in left})
+    best = min(left, key=lambda n: sum(float(part.divergence.sum()) for part in found[n]))
+    return best, found[best]
 
 
 def not_behind(distances: Mapping[int, Numbers]) -> list[int]:
     """Who may still be the nearest; the nearest so far alone, where no other can be nearer by more than `ALIKE`.
 
     Args:
-        distances: of each the divergence on the rows so far, (rows,) with two rows or more.
+        distances: of each the divergence on the rows so far, (rows,).
     """
     best = min(distances, key=lambda n: distances[n].sum())
     behind = {n: values - distances[best] for n, values in distances.items()}
-    errors = {n: float(values.std(ddof=1)) * len(values) ** 0.5 for n, values in behind.items()}
+    errors = {n: error_of_sum(values) for n, values in behind.items()}
     left = [n for n, values in behind.items() if values.sum() <= BEHIND * errors[n]]
     worth = ALIKE * distances[best].sum()
     return left if any(errors[n] * BEHIND - behind[n].sum() > worth for n in left if n != best) else [best]
@@ -167,18 +171,20 @@ def smallest_plan(
         InputError: the gain cannot be told from nothing on the selection rows, or even the whole
             adapter does not reach the share.
     """
-    whole = size(job.adapter).parameters
+    whole, rows = size(job.adapter).parameters, job.prepared.selection
     tried: list[tuple[int, float]] = []
-    known = scores(job, job.prepared.selection, {"original": job.adapter, "base": None}, "search")
+    known = scores(job, rows, {"original": job.adapter, "base": None}, "search")
 
     def attempt(budget: int) -> Plan | None:
         try:
             plans = _plans(job, statistics, method, budget, options)
         except InputError:  # too small for any plan
             return None
-        best = _best(job, _candidates(job, plans, statistics))
-        seen = scores(job, job.prepared.selection, {"compressed": best.adapter}, "search")["compressed"]
-        found = quality(known | {"compressed": seen}, job.loaded.reader.classes, job.seed).retained
+        best, seen = _best(job, _candidates(job, plans, statistics))
+        rest = rows[sum(len(part.loss) for part in seen) :]
+        if rest:
+            seen.append(scores(job, rest, {"compressed": best.adapter}, "search")["compressed"])
+        found = quality(known | {"compressed": joined(seen)}, job.loaded.reader.classes, job.seed).retained
         if found is None or found.low is None:
             raise InputError(
                 "--retain: on the selection rows the original is not measurably better than the base; "

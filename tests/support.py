@@ -1,5 +1,8 @@
 """What many tests need: small random models, adapters for them, and the command line."""
 
+import atexit
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -110,15 +113,27 @@ def edit(path: Path, **changes) -> None:
 
 def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own."""
-    given, everything = (
-        list(map(str, arguments)),
-        {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-    )
-    everything.pop("PYTEST_CURRENT_TEST", None)
-    if everything == warm.ENVIRONMENT:
-        return warm.run(given, cwd, timeout=300)
+    given = list(map(str, arguments))
+    if not environment and said() == SAID:
+        return warm.run(_server(), given, cwd or Path.cwd(), {})
     command = [sys.executable, "-m", "lorapack", *given]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=everything, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**said(), **environment}, timeout=300)
+
+
+def said() -> dict[str, str]:
+    """The environment of a command: this process's, offline, with one thread."""
+    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {**ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+SAID = said()  # what a test has changed since is not for the server, whose libraries have read it
+
+
+@functools.cache
+def _server() -> "subprocess.Popen[str]":
+    until_the_end = contextlib.ExitStack()
+    atexit.register(until_the_end.close)
+    return until_the_end.enter_context(warm.server(SAID))
 
 
 def call(capsys, monkeypatch, *arguments):

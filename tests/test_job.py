@@ -112,33 +112,34 @@ def test_where_a_method_leaves_something_to_try_the_nearest_to_the_original_is_t
     assert best_plan(job, statistics, method, limit, given)[0] == method.run(job.adapter, statistics, limit, given)
 
 
+def raced(job, adapters):
+    """The place of the nearest, and on how many rows the model was run to find it."""
+    looked = []
+    watched = replace(job, watch=lambda _, batches: (looked.append(batch) or batch for batch in batches))
+    place, seen = nearest(watched, adapters)
+    rows = sum(len(batch.places) for batch in looked)
+    assert sum(len(part.divergence) for part in seen) == rows
+    return place, rows
+
+
 def test_rows_are_not_spent_on_what_is_clearly_farther_or_no_different(job):
     statistics = measure(job, {"backward"})
     whole, ranks = size(job.adapter).parameters, ("weight", "output", "loss")
     eighths = [METHODS["rank"].run(job.adapter, statistics, whole // 8, {"metric": metric}) for metric in ranks]
     far = [packed(job, plan, statistics) for plan in eighths]
     near = packed(job, METHODS["rank"].run(job.adapter, statistics, whole * 3 // 4, {}), statistics)
-    looked = []
-
-    def counted(adapters):
-        looked.clear()
-        return nearest(replace(job, watch=lambda _, batches: (looked.append(b) or b for b in batches)), adapters)
-
-    def rows():
-        return sum(len(batch.places) for batch in looked)
-
-    every = len(job.prepared.selection)
-    assert every > 2 * FIRST
-    assert counted([*far, near]) == 3 and rows() == FIRST
-    assert counted([near, near]) == 0 and rows() == FIRST
-    assert counted([near]) == 0 and rows() == 0
+    assert len(job.prepared.selection) > 2 * FIRST
+    assert raced(job, [*far, near]) == (3, FIRST)
+    assert raced(job, [near, near]) == (0, FIRST)
+    assert raced(job, [near]) == (0, 0)
     row = job.prepared.selection[0]
     long = replace(row, input_ids=row.input_ids * 5, labels=row.labels * 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert nearest(replace(job, prepared=replace(job.prepared, selection=[long])), [*far, near]) == 3, "one row too"
+        one = replace(job, prepared=replace(job.prepared, selection=[long]))
+        assert raced(one, [*far, near]) == (3, 1), "one row too"
     distances = [figures(job, job.prepared.selection, adapter).divergence.value for adapter in far]
-    assert distances[counted(far)] <= min(distances) * (1 + ALIKE)
+    assert distances[raced(job, far)[0]] <= min(distances) * (1 + ALIKE)
 
 
 def test_the_race_goes_on_between_those_that_may_still_be_the_nearest():
@@ -151,15 +152,10 @@ def test_the_race_goes_on_between_those_that_may_still_be_the_nearest():
 
 
 def test_a_classifier_with_one_prediction_a_row_is_looked_at_on_all_rows(job):
-    rows, looked = job.prepared.selection, []
+    rows = job.prepared.selection
     one_each = [replace(row, labels=(IGNORED,) * (len(row.labels) - 1) + row.labels[-1:]) for row in rows]
-    job = replace(
-        job,
-        prepared=replace(job.prepared, selection=one_each),
-        watch=lambda _, batches: (looked.append(batch) or batch for batch in batches),
-    )
-    assert nearest(job, [job.adapter, job.adapter]) == 0
-    assert sum(len(batch.places) for batch in looked) == len(rows)
+    job = replace(job, prepared=replace(job.prepared, selection=one_each))
+    assert raced(job, [job.adapter, job.adapter]) == (0, len(rows))
 
 
 @pytest.mark.parametrize("given", [{}, {"peak": None, "metric": "fisher"}])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from huggingface_hub import ModelCard
 from loopback_hub import TOKEN, Fault, Faults, LoopbackHub
 from loopback_hub.faults import PASSING
@@ -30,48 +31,23 @@ BASE_ID = "somebody/tiny-llama"
 OURS = {"README.md", "adapter_config.json", "adapter_model.safetensors", "report.json"}
 
 
+COMMANDS = (
+    "lorapack.cli.pull",
+    "lorapack.cli.push",
+    "lorapack.cli.show",
+    "lorapack.ship.push",
+    "lorapack.write.adapter",
+)
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    """The Hub, and the command line in a process that knows it by its environment variables."""
+    """The Hub, and a Python for commands that knows it by its environment variables."""
     with LoopbackHub() as hub:
         home = tmp_path_factory.mktemp("home")
-        shell = subprocess.Popen(
-            [sys.executable, "-c", SHELL],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(home)},
-        )
-        yield hub, shell, home
-        shell.stdin.close()
-        shell.wait(60)
-
-
-# It imports everything once and forks for each command, which saves seconds a command.
-SHELL = """
-import json, os, sys
-import lorapack.cli.pull, lorapack.cli.push, lorapack.cli.show, lorapack.ship.push, lorapack.write.adapter
-from lorapack.cli.main import main
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        os.environ.update(asked["environment"])
-        os.chdir(asked["cwd"])
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = ["lorapack", *asked["arguments"]]
-        code = 99
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(home)}
+        with warm.server(environment, COMMANDS) as server:
+            yield hub, server, home
 
 
 @pytest.fixture
@@ -85,16 +61,10 @@ def hub(running):
 @pytest.fixture
 def command(running):
     """Run a command of lorapack against the Hub."""
-    _, shell, home = running
+    _, server, home = running
 
     def call(*arguments, cwd=home, **environment):
-        out, err = home / "out.txt", home / "err.txt"
-        asked = {"arguments": [*map(str, arguments)], "environment": environment}
-        asked |= {"cwd": str(cwd), "out": str(out), "err": str(err)}
-        shell.stdin.write(json.dumps(asked) + "\n")
-        shell.stdin.flush()
-        code = int(shell.stdout.readline())
-        return subprocess.CompletedProcess(arguments, code, out.read_text(), err.read_text())
+        return warm.run(server, [*map(str, arguments)], cwd, environment)
 
     return call
 

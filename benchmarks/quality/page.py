@@ -323,7 +323,7 @@ def section(task: Task) -> str:
 
 
 def tested(task: Task) -> str:
-    """How many test rows: of most seeds, and of those that were tested on fewer."""
+    """How many test rows: of the first seed, and of those that were tested on fewer."""
     counts = {seed: result["tested"] for seed, result in task.seeds.items()}
     usual = next(iter(counts.values()))
     fewer = [

@@ -1,6 +1,6 @@
 """What each variant of the model does on each row."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -41,6 +41,11 @@ class Scores:
 
 
 FIELDS = tuple(field.name for field in fields(Scores))
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Of some rows and then others."""
+    return Scores(**{field: np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS})
 
 
 def score(

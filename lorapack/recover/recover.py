@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorapack.core.adapter import Adapter, digest
+from lorapack.core.paired import error_of_sum
 from lorapack.data.batches import Batch, batches, chosen, training_batches
 from lorapack.data.encode import Encoded
 from lorapack.errors import InputError
@@ -259,9 +260,8 @@ def recover(
 
 def surely_worse(now: Tensor, best: Tensor) -> bool:
     """Whether the objective is higher than the best by more than other rows would change; (2, rows) each, by row."""
-    difference = now[0] - best[0]
-    error = float(difference.std()) * len(difference) ** 0.5 if len(difference) > 1 else 0.0
-    return float(difference.sum()) > SURELY * error
+    difference = (now[0] - best[0]).numpy()
+    return float(difference.sum()) > SURELY * error_of_sum(difference)
 
 
 def _written(packed: Adapter, student: Placed) -> Adapter:
