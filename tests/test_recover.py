@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -24,7 +25,7 @@ from lorapack.pack.store import store_adapter
 from lorapack.read import read_adapter
 from lorapack.recover import Settings, recover
 from lorapack.recover.objective import Teacher, measured
-from lorapack.recover.recover import surely_worse
+from lorapack.recover.recover import pace, surely_worse
 from lorapack.recover.refit import refit
 from lorapack.write import write_adapter
 
@@ -96,6 +97,18 @@ def test_when_it_surely_gets_worse_from_there_it_stops_and_goes_back_to_the_best
     held = batches(case.selection, 4096, case.loaded.pad)
     now = measured(case.loaded, placed, Teacher(case.loaded, placed), held, "task")
     assert now == pytest.approx(curve[record.best], rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 100, 3000])
+def test_the_rate_rises_stays_for_half_of_the_steps_and_falls_to_nothing(steps):
+    rates = np.array([pace(step, steps) for step in range(1, steps + 1)])
+    assert (rates > 0).all() and rates.max() <= 1 and (steps < 10 or (rates == 1).mean() == pytest.approx(0.5, abs=0.1))
+    top = int(rates.argmax())
+    assert (np.diff(rates[: top + 1]) >= 0).all() and (np.diff(rates[top:]) <= 0).all()
+    if steps >= 20:
+        assert rates[-1] == pytest.approx(2.5 / steps) and rates[0] == pytest.approx(1 / max(3, steps // 10))
+        settling = np.diff(rates[int(0.7 * steps) :])
+        assert settling == pytest.approx(-2.5 / steps), "the last part is a line"
 
 
 def test_what_other_rows_might_change_is_no_reason_to_go_back():

@@ -122,8 +122,8 @@ def recover(
     Pairs that are held in few bits (`lorapack.core.codes.Codes`) are trained as floats, judged as they come out of
     rounding, and held in as few bits in the end.
 
-    AdamW without weight decay; the rate rises linearly, stays, and falls linearly to zero at the end (arXiv
-    2405.18392). A check that is worse than the best by more than chance lowers it, the next one in a row also goes
+    AdamW without weight decay; the rate rises linearly, stays, and falls linearly to zero at the end (`pace`).
+    A check that is worse than the best by more than chance lowers it, the next one in a row also goes
     back to the best state, the third ends it; so one rate suits language models and small classifiers. Factors that
     several modules point to are one parameter. The start counts as a state, so the objective on the
     selection rows never gets worse; it is that of the whole adapter, without rank masks, unless the
@@ -153,7 +153,6 @@ def recover(
     student = place(packed, loaded.device, trainable=True)
     parameters = list(student.trained().values())
     optimizer, steps = _optimizer(student, settings.learning_rate), settings.steps
-    warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
     batch_tokens = at_once(loaded, batch_tokens)
     held = batches(selection, batch_tokens, loaded.pad)
     judge = Teacher(loaded, teacher.placed)
@@ -214,11 +213,9 @@ def recover(
                     raise InputError(
                         f"recovery: the loss is {loss} at step {at.step}; a lower --learning-rate may help"
                     )
-                rising, falling = at.step / warm_up, (steps + 1 - at.step) / (steps * COOL_DOWN)
+                rate = settings.learning_rate * pace(at.step, steps) * BACK_OFF**at.cuts
                 for group in optimizer.param_groups:
-                    group["lr"] = (
-                        settings.learning_rate * group["share"] * BACK_OFF**at.cuts * min(1.0, rising, falling)
-                    )
+                    group["lr"] = rate * group["share"]
                 optimizer.step()
                 optimizer.zero_grad()
                 if at.step % every and at.step != steps and not asked():
@@ -256,6 +253,12 @@ def recover(
         judged_masked,
     )
     return _written(packed, student) if at.best else packed, record
+
+
+def pace(step: int, steps: int) -> float:
+    """The share of the learning rate at a step, 1 to `steps`: rising, full, falling (arXiv 2405.18392)."""
+    warm_up = max(min(LEAST_WARM_UP, steps), int(steps * WARM_UP))
+    return min(1.0, step / warm_up, (steps + 1 - step) / (steps * COOL_DOWN))
 
 
 def surely_worse(now: Tensor, best: Tensor) -> bool:
