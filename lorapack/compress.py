@@ -35,7 +35,7 @@ from lorapack.model.load import Device, DType, Loaded, load
 from lorapack.pack.pack import ShareInit, pack_adapter
 from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import DEFAULT
-from lorapack.recover import Recovery, Settings, recover
+from lorapack.recover import Recovery, Settings, recover, rows_a_step
 from lorapack.recover.mask import RankMask
 from lorapack.recover.objective import Objective
 from lorapack.recover.recover import Stop, unstopped
@@ -78,7 +78,7 @@ def compress_adapter(
     recover_steps: int = 100,
     objective: Objective = "both",
     learning_rate: float = 1e-3,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     refit: bool | None = None,
     rank_dropout: float = 0.0,
     rank_mask: RankMask = "token",
@@ -173,7 +173,7 @@ def compress_adapter(
             columns=columns,
             sample=sample,
             seed=seed,
-            most_recovery=recover_steps * batch_size,
+            most_recovery=recover_steps * rows_a_step(batch_size, loaded.task),
         )
     if statistics is not None:
         _check_unseen(statistics, prepared)

@@ -19,7 +19,7 @@ from lorapack.model.load import LONGEST, MOST_LOGITS, Device, DType, find_device
 from lorapack.read.files import read_json
 from lorapack.recover.layers import MOST
 from lorapack.recover.objective import MOST_KEPT
-from lorapack.recover.recover import AT_ONCE
+from lorapack.recover.recover import AT_ONCE, rows_a_step
 from lorapack.recover.refit import TOKENS
 
 LIBRARIES = 370 * 10**6  # bytes of Python, torch, transformers and PEFT, on the CPU, before a model is there
@@ -76,7 +76,7 @@ def plan_memory(
     command: Command = "compress",
     *,
     recover_steps: int = 100,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     objective: str = "both",
     max_length: int | None = None,
     batch_tokens: int = 4096,
@@ -117,7 +117,8 @@ def plan_memory(
 
     measured = max(longest, min(batch_tokens, MOST_LOGITS // read.vocabulary))
     at_once = batch_tokens if where.type == "cuda" else min(batch_tokens, AT_ONCE)
-    trained = max(longest, min(at_once, batch_size * longest))
+    rows = rows_a_step(batch_size, adapter.task_type)
+    trained = max(longest, min(at_once, rows * longest))
     scored = max(longest, batch_tokens)
     always = {"libraries": LIBRARIES if where.type == "cpu" else 0, "base": read.bytes}
     states = MOST + 1 if objective != "task" else 0
@@ -135,7 +136,7 @@ def plan_memory(
         "recover": {
             "adapters": 5 * 4 * parameters,
             "optimiser": 5 * 4 * parameters,  # gradient, two moments, the best state and the one at hand
-            "teacher": min(MOST_KEPT, recover_steps * batch_size * longest * read.hidden * width * states),
+            "teacher": min(MOST_KEPT, recover_steps * rows * longest * read.hidden * width * states),
             "activations": trained * kept,
             "logits": head("recover", trained),
         },

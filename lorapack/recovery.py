@@ -13,7 +13,7 @@ from lorapack.data.split import SAMPLE
 from lorapack.errors import InputError
 from lorapack.job import Job, figures
 from lorapack.model.load import Device, DType, load
-from lorapack.recover import Settings
+from lorapack.recover import Settings, rows_a_step
 from lorapack.recover.recover import Stop, unstopped
 from lorapack.steps import Steps
 from lorapack.watch import Watch, unwatched
@@ -83,7 +83,7 @@ def recover_adapter(
             columns=columns,
             sample=sample,
             seed=seed,
-            most_recovery=settings.steps * settings.batch_size,
+            most_recovery=settings.steps * rows_a_step(settings.batch_size, loaded.task),
         )
     both = set(used) & set(prepared.facts["parts"]["evaluation"]["fingerprints"])
     if both:

@@ -17,7 +17,7 @@ from lorapack.model.load import Device, DType, load
 from lorapack.pack.pack import ShareInit
 from lorapack.pack.store import sides, store_adapter
 from lorapack.plan import METHODS
-from lorapack.recover import Settings, recover
+from lorapack.recover import Settings, recover, rows_a_step
 from lorapack.watch import Watch, unwatched
 
 BUDGETS = ("50%", "25%", "12.5%", "6%")
@@ -74,7 +74,7 @@ def sweep_adapter(
     share_init: ShareInit = "closed",
     store: Store | None = None,
     recover_steps: int = 0,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     max_length: int | None = None,
     batch_tokens: int = 4096,
     device: Device = "auto",
@@ -105,7 +105,7 @@ def sweep_adapter(
         columns=columns,
         sample=sample,
         seed=seed,
-        most_recovery=recover_steps * batch_size,
+        most_recovery=recover_steps * rows_a_step(batch_size, loaded.task),
     )
     job = Job(adapter, loaded, prepared, average, share_init, seed, batch_tokens, watch, store)
     statistics = measure(job, {METHODS[name].needs(options) for _, name, options in chosen})

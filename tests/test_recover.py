@@ -237,20 +237,43 @@ def test_factors_in_few_bits_stay_in_few_bits_and_are_judged_as_rounded(case, st
     assert divergence(case, fitted, case.selection) == pytest.approx(getattr(found, found.kept), rel=1e-6)
 
 
-def test_a_classifiers_saved_head_is_the_teachers_and_stays(tmp_path):
-    original, _ = attached(bert(2), tmp_path, target_modules=["query", "value"], task_type="SEQ_CLS", lora_alpha=64)
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A classifier with a head of its own, one module cut to rank 1, and rows whose labels are random."""
+    folder = tmp_path_factory.mktemp("classifier")
+    original, _ = attached(bert(2), folder, target_modules=["query", "value"], task_type="SEQ_CLS", lora_alpha=64)
     generator = torch.Generator().manual_seed(0)
     saved = {n: torch.randn(t.shape, generator=generator) for n, t in original.carried.items()}
     original = replace(original, carried=saved)
-    loaded = load(original, str(tmp_path / "base"), device="cpu")
-    tokens = torch.randint(3, 512, (24, 8), generator=generator).tolist()
+    loaded = load(original, str(folder / "base"), device="cpu")
+    tokens = torch.randint(3, 512, (40, 8), generator=generator).tolist()
     rows = [Encoded(n, tuple(ids), n % 2, (0,) * 8) for n, ids in enumerate(tokens)]
     cut = Plan("by hand", {}, tuple(Choice(m, "keep", 1) for m in original.linear))
     packed = pack_adapter(original, cut)
+    return SimpleNamespace(original=original, packed=packed, loaded=loaded, training=rows[:32], selection=rows[32:])
+
+
+def test_a_classifiers_saved_head_is_the_teachers_and_stays(classifier):
+    loaded, saved = classifier.loaded, classifier.original.carried
     head = {n: p.clone() for n, p in loaded.model.named_parameters() if "classifier" in n}
-    adapter, record = recover(loaded, original, packed, rows[:16], rows[16:], Settings(steps=12, batch_size=8))
+    adapter, record = run(classifier, steps=12, batch_size=8, objective="both")
     assert dict(record.curve)[record.best] < record.curve[0][1]
     assert head and all(torch.equal(p, head[n]) for n, p in loaded.model.named_parameters() if n in head)
     assert adapter.carried.keys() == saved.keys()
     assert all(torch.equal(adapter.carried[n], t) for n, t in saved.items())
     assert all(math.isfinite(value) for _, value in record.curve)
+
+
+@pytest.mark.parametrize(
+    "model, asked, rows", [("case", None, 8), ("classifier", None, 32), ("classifier", 4, 4), ("case", 4, 4)]
+)
+def test_a_step_on_a_classifier_is_of_more_rows_unless_their_number_is_given(request, model, asked, rows):
+    seen = []
+
+    def watch(items, total):
+        for item in items:
+            seen.append(len(item.input_ids))
+            yield item
+
+    _, record = run(request.getfixturevalue(model), steps=1, batch_size=asked, watch=watch)
+    assert seen == [rows] and record.batch_size == rows

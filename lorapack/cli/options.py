@@ -178,7 +178,7 @@ TRAINING = together(
         help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
     ),
     click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery."),
-    click.option("--batch-size", type=int, default=8, show_default=True, help="Rows a step of the recovery."),
+    click.option("--batch-size", type=int, show_default="8; 32 for a classifier", help="Rows a step of the recovery."),
     click.option(
         "--refit/--no-refit",
         default=None,

@@ -21,6 +21,7 @@ from lorapack.measure.measure import measure_rows_on_base
 from lorapack.model.exchange import exchange, layout
 from lorapack.model.load import Loaded, check_fits, load
 from lorapack.read.files import REPORT, file_digests, read_text
+from lorapack.recover import rows_a_step
 from lorapack.write import new_directory, put_adapter
 from lorapack.write.directory import sweep
 
@@ -168,7 +169,7 @@ def _ready(bench: Bench, adapter: Adapter) -> tuple[Loaded, Prepared]:
         columns=settings["columns"],
         sample=settings["sample"],
         seed=settings["seed"],
-        most_recovery=settings["recover_steps"] * settings["batch_size"],
+        most_recovery=settings["recover_steps"] * rows_a_step(settings["batch_size"], loaded.task),
     )
     bench.layout, bench.ready = wanted, (loaded, prepared)
     return loaded, prepared

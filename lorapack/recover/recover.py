@@ -36,6 +36,7 @@ SURELY = 2.0  # standard errors, row by row: a high rate's noise, which goes wit
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
 COOL_DOWN = 0.4  # share of the steps: full speed for longer than a cosine has, and time to settle
 BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
+ROWS, ROWS_OF_CLASSIFIER = 8, 32  # a step: a row of text holds many predictions, a row with one label one
 AT_ONCE = 1024  # tokens in one backward pass on a CPU, which is no faster with more and needs the memory
 
 Stop = Callable[[], AbstractContextManager[Callable[[], bool]]]
@@ -54,7 +55,7 @@ class Settings:
         steps: at most so many.
         objective: ``kl`` to the original's predictions, the ``task``'s own loss, or the mean of ``both``.
         learning_rate: at its peak; of factors that n modules share, over the root of n.
-        batch_size: rows a step.
+        batch_size: rows a step; None for the usual number (`rows_a_step`).
         rank_dropout: the probability with which a rank is off in training; 0 for none.
         rank_mask: whether it is drawn for each ``token`` or for each ``step``.
         checkpointing: compute activations twice and keep few of them.
@@ -65,17 +66,23 @@ class Settings:
     steps: int = 100
     objective: Objective = "both"
     learning_rate: float = 1e-3
-    batch_size: int = 8
+    batch_size: int | None = None
     rank_dropout: float = 0.0
     rank_mask: RankMask = "token"
     checkpointing: bool = False
     layers: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.batch_size < 1 or not self.learning_rate > 0:
+        rows = 1 if self.batch_size is None else self.batch_size
+        if self.steps < 0 or rows < 1 or not self.learning_rate > 0:
             raise InputError("--recover-steps must be 0 or more, --batch-size and --learning-rate above 0")
         if not 0 <= self.rank_dropout < 1:
             raise InputError(f"--rank-dropout {self.rank_dropout} is not a probability below 1")
+
+
+def rows_a_step(batch_size: int | None, task: str | None) -> int:
+    """How many rows a step is of: as many as are asked for; otherwise 8, and 32 where a row is one prediction."""
+    return batch_size or (ROWS_OF_CLASSIFIER if task == "SEQ_CLS" else ROWS)
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,7 @@ def recover(
     """
     if settings.rank_dropout and processes() > 1:
         raise InputError("--rank-dropout: its masks are drawn in one process; run it without a launcher")
+    batch_size = rows_a_step(settings.batch_size, loaded.task)
     inside = settings.layers if settings.objective != "task" else 0.0  # the task has no teacher
     teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
@@ -184,6 +192,7 @@ def recover(
         return total / count
 
     facts = asdict(settings) | {
+        "batch_size": batch_size,
         "seed": seed,
         "start": digest(packed),
         "teacher": digest(original),
@@ -200,7 +209,7 @@ def recover(
             judged = check()
             at = State(_state(parameters), _state(parameters), judged, [(0, mean(judged))])
         every = max(1, steps // CHECKS)
-        rows = training_batches(training, settings.batch_size, steps, loaded.pad, seed)
+        rows = training_batches(training, batch_size, steps, loaded.pad, seed)
         with stop() as asked_here:
 
             def asked() -> bool:
@@ -246,7 +255,7 @@ def recover(
         at.step,
         at.best,
         settings.learning_rate,
-        settings.batch_size,
+        batch_size,
         tuple(at.curve),
         settings.rank_dropout,
         stopped,
