@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support import ADAPTER, BASE, CALIBRATION, HELDOUT, attached, refused
 from support import run as command
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -130,6 +133,32 @@ def test_the_state_of_another_recovery_is_refused_and_says_where_it_differs(case
     (tmp_path / "state").write_bytes(b"no such file")
     with pytest.raises(InputError, match="state"):
         run(case, state=tmp_path / "state", resume=True)
+
+
+@pytest.mark.parametrize(
+    "name, broken",
+    [
+        ("now.0", lambda t: t[:-1]),
+        ("kept.1", lambda t: t.long()),
+        ("judged", lambda t: t[:, 1:]),
+        ("moments.0.exp_avg", lambda t: t.T),
+        ("moments.99.step", lambda t: t),
+        ("moments.0.exp_avg_sq", lambda t: None),
+        ("moments.0.step", lambda t: t[None]),
+    ],
+)
+def test_a_state_whose_tensors_do_not_fit_is_refused_by_name(case, tmp_path, name, broken):
+    state = tmp_path / "state"
+    run(case, state=state, **after(2))
+    with safe_open(state, "pt") as file:
+        metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    changed = broken(tensors.get(name, torch.zeros(1)))
+    tensors |= {name: changed.contiguous()} if changed is not None else {}
+    if changed is None:
+        del tensors[name]
+    save_file(tensors, state, metadata)
+    with pytest.raises(InputError, match=re.escape(name)):
+        run(case, state=state, resume=True)
 
 
 def test_shared_factors_learn_at_the_rate_over_the_root_of_their_layers(case):

@@ -200,7 +200,7 @@ def recover(
     }
     with masks.on(loaded, student) if masks.p else nullcontext(), _checkpointing(loaded, settings.checkpointing):
         if state is not None and resume:
-            at = states.load(state, facts, parameters)
+            at = states.load(state, facts, parameters, len(selection))
             _restore(parameters, at.now)
             states.restore_moments(optimizer, parameters, at.moments)
             if at.generator is not None:

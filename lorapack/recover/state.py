@@ -15,6 +15,7 @@ from lorapack.read.files import read_safetensors
 from lorapack.write.file import new_file
 
 KIND = "lorapack_recovery"
+MOMENTS = "step", "exp_avg", "exp_avg_sq"  # AdamW's, of each parameter
 
 
 @dataclass(eq=False)
@@ -60,8 +61,8 @@ def save(state: State, path: Path, facts: Mapping[str, Any]) -> None:
         save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, metadata)
 
 
-def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
-    """Read a state.
+def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor], rows: int) -> State:
+    """Read a state of such parameters and of so many selection rows.
 
     Raises:
         InputError: it is no such file, or of another recovery; names what differs.
@@ -75,19 +76,34 @@ def load(path: Path, facts: Mapping[str, Any], like: Sequence[Tensor]) -> State:
             raise InputError(f"{path} is the state of another recovery: it differs in {', '.join(differs)}")
 
         def several(name: str) -> list[Tensor]:
-            return [tensors[f"{name}.{n}"].to(p.device) for n, p in enumerate(like)]
+            return [_of_shape(tensors, f"{name}.{n}", p.shape).to(p.device) for n, p in enumerate(like)]
 
+        stepped = sorted({name.split(".")[1] for name in tensors if name.startswith("moments.")})
+        shapes = {str(n): p.shape for n, p in enumerate(like)}
         return State(
             now=several("now"),
             kept=several("kept"),
-            judged=tensors["judged"],
+            judged=_of_shape(tensors, "judged", (2, rows)),
             curve=[(int(step), float(value)) for step, value in header.pop("curve")],
-            moments={n.removeprefix("moments."): t for n, t in tensors.items() if n.startswith("moments.")},
+            moments={
+                f"{n}.{of}": _of_shape(tensors, f"moments.{n}.{of}", () if of == "step" else shapes.get(n))
+                for n in stepped
+                for of in MOMENTS
+            },
             generator=tensors.get("generator"),
             **{name: int(value) for name, value in header.items()},
         )
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no state of a recovery ({error!r})") from None
+
+
+def _of_shape(tensors: Mapping[str, Tensor], name: str, shape: Sequence[int] | None) -> Tensor:
+    found = tensors[name]
+    if shape is None:
+        raise ValueError(f"{name} is of no parameter")
+    if tuple(found.shape) != tuple(shape) or not found.is_floating_point():
+        raise ValueError(f"{name} is {found.dtype} of shape {tuple(found.shape)}, not floats of shape {tuple(shape)}")
+    return found
 
 
 def moments(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
