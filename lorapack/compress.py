@@ -77,7 +77,7 @@ def compress_adapter(
     store: Store | None = None,
     recover_steps: int = 100,
     objective: Objective = "both",
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     batch_size: int | None = None,
     refit: bool | None = None,
     rank_dropout: float = 0.0,

@@ -25,7 +25,7 @@ from lorapack.pack.store import store_adapter
 from lorapack.read import read_adapter
 from lorapack.recover import Settings, recover
 from lorapack.recover.objective import Teacher, measured
-from lorapack.recover.recover import pace, surely_worse
+from lorapack.recover.recover import pace, surely_worse, usual_rate
 from lorapack.recover.refit import refit
 from lorapack.write import write_adapter
 
@@ -235,6 +235,32 @@ def test_factors_in_few_bits_stay_in_few_bits_and_are_judged_as_rounded(case, st
     fitted, found = refit(case.loaded, case.original, packed, case.training, case.selection)
     assert found.kept != "before" and size(fitted) == size(packed)
     assert divergence(case, fitted, case.selection) == pytest.approx(getattr(found, found.kept), rel=1e-6)
+
+
+def scaled(adapter, a, b):
+    """Every A times one number, every B times another."""
+    pool = {n: replace(f, A=f.A * a, B=f.B * b) for n, f in adapter.pool.items()}
+    return replace(adapter, pool=pool)
+
+
+def rate_of(adapter):
+    return usual_rate(place(adapter, torch.device("cpu"), trainable=True))
+
+
+def test_the_usual_rate_follows_the_factors_elements_and_no_scale_between_a_and_b(case):
+    at = 0.04 / (20 * rate_of(scaled(case.packed, 0.2, 0.2)))  # away from both bounds, elements of a size of 0.04
+    middle = scaled(case.packed, 0.2 * at, 0.2 * at)
+    assert rate_of(middle) == pytest.approx(0.002, rel=0.03)
+    assert rate_of(scaled(middle, 2, 2)) == pytest.approx(0.004, rel=0.03)
+    assert rate_of(scaled(middle, 64, 1 / 64)) == rate_of(middle)
+    assert rate_of(scaled(middle, 1e-6, 1)) == 1e-3 and rate_of(scaled(middle, 1e6, 1)) == 1e-2
+    assert rate_of(scaled(middle, 0, 1)) == 1e-3
+
+
+def test_a_recovery_without_a_rate_is_one_with_the_usual_rate(case):
+    adapter, record = run(case, steps=4)
+    again, same = run(case, steps=4, learning_rate=rate_of(case.packed))
+    assert record == same and digest(adapter) == digest(again)
 
 
 @pytest.fixture(scope="module")

@@ -177,7 +177,7 @@ TRAINING = together(
         show_default=True,
         help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
     ),
-    click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of the recovery."),
+    click.option("--learning-rate", type=float, show_default="by the size of the factors", help="Of the recovery."),
     click.option("--batch-size", type=int, show_default="8; 32 for a classifier", help="Rows a step of the recovery."),
     click.option(
         "--refit/--no-refit",

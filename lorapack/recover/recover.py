@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ CHECKS = 6  # how often the selection rows are looked at
 PATIENCE = 3  # checks in a row that are surely worse after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check that is surely worse
 SURELY = 2.0  # standard errors, row by row: a high rate's noise, which goes with the rate, is no reason to go back
+RATE_OF_SIZE, LEAST_RATE, MOST_RATE = 0.05, 1e-3, 1e-2
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
 COOL_DOWN = 0.4  # share of the steps: full speed for longer than a cosine has, and time to settle
 BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
@@ -54,7 +56,8 @@ class Settings:
     Attributes:
         steps: at most so many.
         objective: ``kl`` to the original's predictions, the ``task``'s own loss, or the mean of ``both``.
-        learning_rate: at its peak; of factors that n modules share, over the root of n.
+        learning_rate: at its peak; of factors that n modules share, over the root of n. None for what the size of the
+            factors says (`usual_rate`).
         batch_size: rows a step; None for the usual number (`rows_a_step`).
         rank_dropout: the probability with which a rank is off in training; 0 for none.
         rank_mask: whether it is drawn for each ``token`` or for each ``step``.
@@ -65,7 +68,7 @@ class Settings:
 
     steps: int = 100
     objective: Objective = "both"
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     batch_size: int | None = None
     rank_dropout: float = 0.0
     rank_mask: RankMask = "token"
@@ -74,7 +77,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         rows = 1 if self.batch_size is None else self.batch_size
-        if self.steps < 0 or rows < 1 or not self.learning_rate > 0:
+        rate = 1.0 if self.learning_rate is None else self.learning_rate
+        if self.steps < 0 or rows < 1 or not rate > 0:
             raise InputError("--recover-steps must be 0 or more, --batch-size and --learning-rate above 0")
         if not 0 <= self.rank_dropout < 1:
             raise InputError(f"--rank-dropout {self.rank_dropout} is not a probability below 1")
@@ -83,6 +87,18 @@ class Settings:
 def rows_a_step(batch_size: int | None, task: str | None) -> int:
     """How many rows a step is of: as many as are asked for; otherwise 8, and 32 where a row is one prediction."""
     return batch_size or (ROWS_OF_CLASSIFIER if task == "SEQ_CLS" else ROWS)
+
+
+def usual_rate(student: Placed) -> float:
+    """The learning rate where none is given: a twentieth of the size of the factors' elements, 1e-3 to 1e-2.
+
+    AdamW moves every element by about its rate, so a rate is large or small beside the elements alone. Of a pair
+    their size is √(rms A · rms B), which no scale between the two changes; of several pairs the median.
+    """
+    pairs = {name for name, part in student.trained() if part in ("A", "B")}
+    sizes = [math.sqrt(math.prod(float(f.detach().square().mean().sqrt()) for f in student.pairs[n])) for n in pairs]
+    found = RATE_OF_SIZE * median(sizes) if sizes else 0.0
+    return float(f"{min(max(found, LEAST_RATE), MOST_RATE):.2g}")  # as it can be given again
 
 
 @dataclass(frozen=True)
@@ -160,7 +176,8 @@ def recover(
     teacher = Teacher(loaded, place(original, loaded.device), layers=inside > 0)
     student = place(packed, loaded.device, trainable=True)
     parameters = list(student.trained().values())
-    optimizer, steps = _optimizer(student, settings.learning_rate), settings.steps
+    learning_rate = settings.learning_rate or usual_rate(student)
+    optimizer, steps = _optimizer(student, learning_rate), settings.steps
     batch_tokens = at_once(loaded, batch_tokens)
     held = batches(selection, batch_tokens, loaded.pad)
     judge = Teacher(loaded, teacher.placed)
@@ -193,6 +210,7 @@ def recover(
 
     facts = asdict(settings) | {
         "batch_size": batch_size,
+        "learning_rate": learning_rate,
         "seed": seed,
         "start": digest(packed),
         "teacher": digest(original),
@@ -222,7 +240,7 @@ def recover(
                     raise InputError(
                         f"recovery: the loss is {loss} at step {at.step}; a lower --learning-rate may help"
                     )
-                rate = settings.learning_rate * pace(at.step, steps) * BACK_OFF**at.cuts
+                rate = learning_rate * pace(at.step, steps) * BACK_OFF**at.cuts
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["share"]
                 optimizer.step()
@@ -254,7 +272,7 @@ def recover(
         settings.objective,
         at.step,
         at.best,
-        settings.learning_rate,
+        learning_rate,
         batch_size,
         tuple(at.curve),
         settings.rank_dropout,
