@@ -19,7 +19,7 @@ demo: $(VENV)/ready
 
 # All tests; those of the compact format once more with the oldest PEFT of the supported range.
 test: $(VENV)/ready-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --quiet
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quiet --durations 12
 	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/python -m pytest --quiet tests/test_compact.py
 
 # The serving engines' own code on what `lorapack expand` writes for them; 0.4 GB to download, nothing is installed.
