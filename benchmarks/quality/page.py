@@ -28,10 +28,10 @@ make the results: [benchmarks/quality/README.md](../benchmarks/quality/README.md
 *Gain retained* is (base − compressed) / (base − full adapter) in loss on test rows that nothing else has seen
 ([data.md](data.md)); 100% is the full adapter, 0% the base with the adapter's low-rank updates off and its head on. A
 recovery that learns from labels too can come above 100%; `kl objective` marks one that does not, and `cosine` one of
-before the rate cooled down ([recovery.md](recovery.md)). Figures are means over the training seeds, or over those that stand behind them. Intervals are 95% bootstrap over the test rows, the same
-drawings for both sides of a difference and for all seeds: they say what other test rows would change, not what other
-training seeds would. Sizes count the factors and one number for every layer that points to shared ones. `–` is no plan
-at that size, `·` not run or not there.
+before the rate cooled down ([recovery.md](recovery.md)). Figures are means over the training seeds, or over those that
+stand behind them. Intervals are 95% bootstrap over the test rows, the same drawings for both sides of a difference and
+for all seeds: they say what other test rows would change, not what other training seeds would. Sizes count the factors
+and one number for every layer that points to shared ones. `–` is no plan at that size, `·` not run or not there.
 """
 
 
