@@ -174,7 +174,7 @@ NAMES = {
 
 def _state(data: bytes, directory: Path) -> object:
     (directory / "state").write_bytes(data)
-    return state.load(directory / "state", {}, [torch.ones(2)])
+    return state.load(directory / "state", {}, [torch.ones(2)], 3)
 
 
 def _file(data: bytes, directory: Path) -> object:
