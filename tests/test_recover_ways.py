@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import save_file
 from support import ADAPTER, BASE, CALIBRATION, HELDOUT, attached, refused
 from support import run as command
@@ -32,6 +31,7 @@ from lorapack.model.load import NAME, load
 from lorapack.model.point import place, point
 from lorapack.pack import pack_adapter
 from lorapack.read import read_adapter
+from lorapack.read.files import read_safetensors
 from lorapack.recover import Settings, recover
 from lorapack.recover.mask import Masks
 from lorapack.recover.objective import Teacher, backward, measured
@@ -150,13 +150,10 @@ def test_the_state_of_another_recovery_is_refused_and_says_where_it_differs(case
 def test_a_state_whose_tensors_do_not_fit_is_refused_by_name(case, tmp_path, name, broken):
     state = tmp_path / "state"
     run(case, state=state, **after(2))
-    with safe_open(state, "pt") as file:
-        metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    tensors, metadata = read_safetensors(state)
     changed = broken(tensors.get(name, torch.zeros(1)))
-    tensors |= {name: changed.contiguous()} if changed is not None else {}
-    if changed is None:
-        del tensors[name]
-    save_file(tensors, state, metadata)
+    kept = {n: t for n, t in tensors.items() if n != name}
+    save_file(kept if changed is None else kept | {name: changed.contiguous()}, state, metadata)
     with pytest.raises(InputError, match=re.escape(name)):
         run(case, state=state, resume=True)
 

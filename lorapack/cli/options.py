@@ -169,6 +169,9 @@ STORE = click.option(
     type=click.Choice(["fp32", "bf16", "fp16", "int8", "int4"]),
     help="How the factors are stored; --budget P% then is of the bytes.  [default: as in ADAPTER]",
 )
+BATCH_SIZE = click.option(
+    "--batch-size", type=int, show_default="8; 32 for a classifier", help="Rows a step of the recovery."
+)
 TRAINING = together(
     click.option(
         "--objective",
@@ -178,7 +181,7 @@ TRAINING = together(
         help="Of the recovery: the original's predictions, the rows' own labels, or the mean.",
     ),
     click.option("--learning-rate", type=float, show_default="by the size of the factors", help="Of the recovery."),
-    click.option("--batch-size", type=int, show_default="8; 32 for a classifier", help="Rows a step of the recovery."),
+    BATCH_SIZE,
     click.option(
         "--refit/--no-refit",
         default=None,

@@ -32,7 +32,7 @@ from lorapack.cli.say import say
 )
 @options.STORE
 @click.option("--recover-steps", type=int, default=0, show_default=True, help="Steps of recovery after each.")
-@click.option("--batch-size", type=int, show_default="8; 32 for a classifier", help="Rows a step of the recovery.")
+@options.BATCH_SIZE
 @click.option("--plot", metavar="FILE", help="Draw size against quality (.png, .svg, .pdf).")
 @options.SAMPLE
 @options.AVERAGE

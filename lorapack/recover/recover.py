@@ -34,7 +34,7 @@ CHECKS = 6  # how often the selection rows are looked at
 PATIENCE = 3  # checks in a row that are surely worse after which it stops
 BACK_OFF = 0.3  # of the learning rate after a check that is surely worse
 SURELY = 2.0  # standard errors, row by row: a high rate's noise, which goes with the rate, is no reason to go back
-RATE_OF_SIZE, LEAST_RATE, MOST_RATE = 0.05, 1e-3, 1e-2
+RATE_OF_SIZE, LEAST_RATE, MOST_RATE = 0.05, 1e-3, 1e-2  # where no rate is given: of the elements' size, within these
 WARM_UP, LEAST_WARM_UP = 0.1, 3  # share of the steps, and steps
 COOL_DOWN = 0.4  # share of the steps: full speed for longer than a cosine has, and time to settle
 BETAS = 0.9, 0.95  # of AdamW: a run of a hundred steps has no time for a mean over a thousand squares
@@ -76,9 +76,8 @@ class Settings:
     layers: float = 1.0
 
     def __post_init__(self) -> None:
-        rows = 1 if self.batch_size is None else self.batch_size
-        rate = 1.0 if self.learning_rate is None else self.learning_rate
-        if self.steps < 0 or rows < 1 or not rate > 0:
+        given = [number for number in (self.batch_size, self.learning_rate) if number is not None]
+        if self.steps < 0 or not all(number > 0 for number in given):
             raise InputError("--recover-steps must be 0 or more, --batch-size and --learning-rate above 0")
         if not 0 <= self.rank_dropout < 1:
             raise InputError(f"--rank-dropout {self.rank_dropout} is not a probability below 1")
@@ -95,8 +94,8 @@ def usual_rate(student: Placed) -> float:
     AdamW moves every element by about its rate, so a rate is large or small beside the elements alone. Of a pair
     their size is √(rms A · rms B), which no scale between the two changes; of several pairs the median.
     """
-    pairs = {name for name, part in student.trained() if part in ("A", "B")}
-    sizes = [math.sqrt(math.prod(float(f.detach().square().mean().sqrt()) for f in student.pairs[n])) for n in pairs]
+    trained = [student.pairs[name] for name, part in student.trained() if part == "A"]
+    sizes = [math.sqrt(math.prod(float(f.detach().square().mean().sqrt()) for f in pair)) for pair in trained]
     found = RATE_OF_SIZE * median(sizes) if sizes else 0.0
     return float(f"{min(max(found, LEAST_RATE), MOST_RATE):.2g}")  # as it can be given again
 
