@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapack.core.adapter import Adapter, Factors, Pointer, digest, size
+from lorapack.core.linalg import orthonormal, singular_values, triangle
 from lorapack.core.plan import Choice, Plan, parameters
 from lorapack.core.statistics import Moments, Statistics
 from lorapack.errors import InputError
@@ -79,6 +80,24 @@ def test_the_fisher_metric_is_a_kronecker_product_of_two_means(pair):
     c, d, found = atoms(factors, "fisher", both)
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-9, abs=1e-12 * float(wanted.sum()))
     assert torch.allclose(b @ a, c @ d, rtol=1e-7, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(seeds, st.integers(1, 30), st.integers(1, 8), st.floats(0, 16), st.floats(-30, 30))
+def test_however_steep_the_columns_their_qr_is_one(seed, height, width, steep, length):
+    """Of columns that span a condition of 1 to 10^16, none, and more than there are rows."""
+    randn = drawing(seed)
+    spectrum = torch.logspace(0, -steep, width, dtype=torch.float64) * 10**length
+    tall = randn(height, width) @ torch.linalg.qr(randn(width, width)).Q * spectrum @ randn(width, width)
+    q, r = orthonormal(tall)
+    unit = torch.eye(q.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(q.T @ q, unit, rtol=0, atol=6e-8)  # float32's rounding
+    torch.testing.assert_close(q @ r, tall, rtol=0, atol=1e-12 * float(tall.norm()))
+    assert torch.equal(triangle(tall), r)
+    other = randn(width, 5)
+    wanted = torch.linalg.svdvals(tall @ other)[: min(width, height)]
+    found = singular_values(tall, other)[: len(wanted)]
+    torch.testing.assert_close(found, wanted, rtol=6e-8, atol=1e-13 * float(tall.norm() * other.norm()))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -4,18 +4,20 @@ import torch
 from torch import Tensor
 
 from lorapack.core.adapter import Factors
-from lorapack.core.linalg import root
+from lorapack.core.linalg import orthonormal, root, triangle
 from lorapack.core.plan import Metric
 from lorapack.core.statistics import Moments
 
 
-def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def atoms(
+    factors: Factors, metric: Metric, moments: Moments | None = None, most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rewrite ``B @ A`` as a sum of rank-one atoms, the most important first.
 
     Cutting after k atoms is the best rank-k approximation in the metric:
 
-    - ``weight``: least ||BA - B'A'||_F^2. QR of both factors, SVD of the r x r core.
-    - ``output``: least E||(BA - B'A')x||^2. With G = E[h h^T] = L L^T, SVD of B L.
+    - ``weight``: least ||BA - B'A'||_F^2. SVD of the r x r product of both triangles of a QR.
+    - ``output``: least E||(BA - B'A')x||^2. With G = E[h h^T] = L L^T, SVD of B L with B's triangle for B.
     - ``loss``: least E[(u^T (h - h'))^2] where u = dloss/dh is taken as independent of h: with
       M = E[u u^T] = R R^T, SVD of the r x r matrix R^T L.
     - ``fisher``: least expected square of what the cut does to a row's loss, to first order,
@@ -29,11 +31,12 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
         metric: which error is least.
         moments: of this module, as sums or means; needed by ``output`` (forward), ``loss`` (forward
             and backward) and ``fisher``. Singular ones are handled in their range.
+        most: make no more atoms than so many; all, by default.
 
     Returns:
-        B' (d_out, n), A' (n, d_in) and the n atoms' shares of the squared error, falling, all
-        float64; ``B' @ A'`` acts as ``B @ A`` wherever the moments have support, and the error of
-        the first k atoms is the sum of the shares from k on. n is the numerical rank.
+        B' (d_out, n), A' (n, d_in) and every atom's share of the squared error, falling, all
+        float64; with all atoms ``B' @ A'`` acts as ``B @ A`` wherever the moments have support, and
+        the error of the first k is the sum of the shares from k on. n is the numerical rank, or `most`.
 
     Source: Eckart-Young in the metric of SVD-LLM (arXiv 2403.07378, section 3) restricted to span(A);
     for ``fisher`` the factors of Shampoo (arXiv 1802.09568) in coordinates in which neither A nor B
@@ -41,29 +44,27 @@ def atoms(factors: Factors, metric: Metric, moments: Moments | None = None) -> t
     """
     a, b = factors.A.double(), factors.B.double()
     if metric == "weight":
-        qb, rb = torch.linalg.qr(b)
-        qa, ra = torch.linalg.qr(a.T)
+        (qb, rb), (qa, ra) = orthonormal(b), orthonormal(a.T)
         u, s, vt = torch.linalg.svd(rb @ ra.T, full_matrices=False)
-        return qb @ u * s, vt @ qa.T, s**2
+        return qb @ (u * s)[:, :most], vt[:most] @ qa.T, s**2
     assert moments is not None
     if metric == "output":
-        left, left_inverse = root(moments.forward)
-        u, s, vt = torch.linalg.svd(b @ left, full_matrices=False)
-        return u * s, vt @ left_inverse @ a, s**2
+        (qb, rb), (left, left_inverse) = orthonormal(b), root(moments.forward)
+        u, s, vt = torch.linalg.svd(rb @ left, full_matrices=False)
+        return qb @ (u * s)[:, :most], vt[:most] @ left_inverse @ a, s**2
     (left, left_inverse), (right, right_inverse) = map(root, _sides(a, metric, moments))
     u, s, vt = torch.linalg.svd(right.T @ left, full_matrices=False)
-    return b @ right_inverse.T @ u * s, vt @ left_inverse @ a, s**2
+    return b @ (right_inverse.T @ (u * s)[:, :most]), vt[:most] @ left_inverse @ a, s**2
 
 
 def shares(factors: Factors, metric: Metric, moments: Moments | None = None) -> Tensor:
     """What `atoms` gives last, alone: a plan needs no vectors, and without them it is a third of the work."""
     a, b = factors.A.double(), factors.B.double()
     if metric == "weight":
-        ra, rb = (torch.linalg.qr(m, mode="r")[1] for m in (a.T, b))
-        core = rb @ ra.T
+        core = triangle(b) @ triangle(a.T).T
     elif metric == "output":
         assert moments is not None
-        core = torch.linalg.qr(b, mode="r")[1] @ root(moments.forward)[0]
+        core = triangle(b) @ root(moments.forward)[0]
     else:
         assert moments is not None
         forward, backward = _sides(a, metric, moments)
@@ -98,9 +99,8 @@ def truncate(factors: Factors, rank: int, metric: Metric, moments: Moments | Non
         Factors of that rank in the dtype they came in, A's and B's atoms scaled to equal length,
         and the squared error in the metric (for means: per token).
     """
-    b, a, errors = atoms(factors, metric, moments)
+    b, a, errors = atoms(factors, metric, moments, rank)
     error = float(errors[rank:].sum())
-    b, a = b[:, :rank], a[:rank]
     if missing := rank - a.shape[0]:
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
         a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
