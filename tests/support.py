@@ -121,9 +121,8 @@ def run(*arguments, cwd: Path | None = None, **environment) -> subprocess.Comple
 
 
 def said() -> dict[str, str]:
-    """The environment of a command: this process's, offline, with one thread."""
-    ours = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
-    return {**ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    """The environment of a command: this process's."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
 SAID = said()  # what a test has changed since is not for the server, whose libraries have read it
@@ -151,8 +150,6 @@ def as_installed(**more: str) -> dict[str, str]:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(Path(__file__).parent.parent),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
         **more,
     }
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import resource
 import shutil
@@ -493,7 +492,6 @@ def test_an_interrupted_run_says_so_in_one_line_and_leaves_nothing(data, tmp_pat
         stdout=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     while not list(tmp_path.glob("new/.out.lorapack-*/out")) and process.poll() is None:

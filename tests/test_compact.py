@@ -5,7 +5,6 @@ Runs against the oldest and the newest PEFT of the supported range.
 
 import copy
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -325,7 +324,6 @@ def python(code, *arguments):
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         timeout=300,
     )
 

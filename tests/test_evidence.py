@@ -1,7 +1,6 @@
 """The evidence: its page is what its results say, and its figures are what a naive reading gives."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,6 @@ def command(script, *arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -36,7 +36,7 @@ SHARD = ("--device", "shard")
 
 def launched(processes, *words):
     """A program in several processes."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [*TORCHRUN, str(processes), *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

@@ -45,7 +45,7 @@ def running(tmp_path_factory):
     """The Hub, and a Python for commands that knows it by its environment variables."""
     with LoopbackHub() as hub:
         home = tmp_path_factory.mktemp("home")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(home)}
+        environment = {**os.environ, **hub.environment(home)}
         with warm.server(environment, COMMANDS) as server:
             yield hub, server, home
 
@@ -552,7 +552,7 @@ with ThreadPoolExecutor(len(jobs)) as pool:
 
 
 def push_all(hub, directory, out, jobs):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **hub.environment(out / "hf")}
+    environment = {**os.environ, **hub.environment(out / "hf")}
     given = [sys.executable, "-c", PUSHER, directory, out, json.dumps(jobs)]
     result = subprocess.run(list(map(str, given)), capture_output=True, text=True, env=environment, timeout=280)
     assert result.returncode == 0, result.stderr[-3000:]

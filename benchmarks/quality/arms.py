@@ -8,6 +8,7 @@ from lorapack.core.codes import Store
 STORED = "in "
 SEPARATOR = " · "  # between an arm and how it was made
 BATCH = 8  # rows a step of the recovery
+BY_SIZE = "by size"  # of the factors' elements: what `compress` takes without --learning-rate
 DEFAULT = "adaptive"  # what every other arm is paired with
 ARMS = (
     DEFAULT,
@@ -44,7 +45,7 @@ class Recipe:
         store: of the result; budgets are then percent of the original's bytes. None: fp32, and of its parameters.
         batch: rows a step.
         objective: of the recovery.
-        rate: the learning rate; None for the task's own.
+        rate: the learning rate; `BY_SIZE` as `compress` chooses it; None for the task's own.
         training_rows: whether the rows that the adapter was trained on are recovered on as well.
         bf16: whether it is recovered in bfloat16. It stands in the result, not behind the arm's name.
     """
@@ -52,7 +53,7 @@ class Recipe:
     store: Store | None = None
     batch: int = BATCH
     objective: Literal["kl", "both"] = "both"
-    rate: float | None = None
+    rate: float | str | None = None
     training_rows: bool = False
     bf16: bool = False
 
@@ -60,7 +61,7 @@ class Recipe:
         notes = [
             self.store and f"{STORED}{self.store}",
             self.objective != "both" and f"{self.objective} objective",
-            self.rate and f"rate {self.rate:g}",
+            self.rate and f"rate {self.rate if self.rate == BY_SIZE else format(self.rate, 'g')}",
             self.training_rows and "with training rows",
             self.batch != BATCH and f"{self.batch} rows a step",
         ]

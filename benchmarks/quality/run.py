@@ -2,7 +2,7 @@
 
     python benchmarks/quality/run.py TASK SEED --data DIR --models DIR --adapters DIR
         [--budgets 50 25 ...] [--recovery 0 100] [--arms adaptive rank ...] [--again ARM ...]
-        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3] [--training-rows] [--bf16]
+        [--store int4] [--batch 32] [--objective kl] [--rate 3e-3|"by size"] [--training-rows] [--bf16]
 
 Loads base and rows once, measures once; then plan, pack, recovery and the figures on the test rows. What
 RESULTS/TASK-SEED.json holds already is not run again, so it can be stopped and started at any time. The
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import ARMS, BATCH, BUDGETS, FULL, HALF, Recipe, bare
+from arms import ARMS, BATCH, BUDGETS, BY_SIZE, FULL, HALF, Recipe, bare
 from pair import Table, pair, read_table, write_table
 from record import code, read_json, rounded, triple, write_json
 from setting import Setting, adapter_path, base_path, in_one_line, places, run_facts, scales, setting
@@ -53,11 +53,15 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--store", choices=STORES, help="of the result; budgets are then percent of the bytes")
     found.add_argument("--batch", type=int, default=BATCH, help="rows a step of the recovery")
     found.add_argument("--objective", choices=("kl", "both"), default="both", help="of the recovery")
-    found.add_argument("--rate", type=float, help="learning rate of the recovery, instead of the task's own")
+    found.add_argument("--rate", type=rate, help="of the recovery, instead of the task's own: a number, or 'by size'")
     found.add_argument("--training-rows", action="store_true", help="recover on the adapter's own training rows too")
     found.add_argument("--bf16", action="store_true", help="recover in bfloat16; all figures are of float32")
     found.add_argument("--again", nargs="+", default=[], help="arms to run again, because their method has changed")
     return found
+
+
+def rate(text: str) -> float | str:
+    return text if text == BY_SIZE else float(text)
 
 
 def main() -> None:
@@ -194,7 +198,7 @@ def make(here: Setting, statistics: Statistics | None, entry: Entry, recipe: Rec
 def recovered(here: Setting, packed: Adapter, entry: Entry, recipe: Recipe, **more: Any) -> Adapter:
     settings = Settings(
         entry["recovery"],
-        learning_rate=recipe.rate or here.task.recovery_rate,
+        learning_rate=None if recipe.rate == BY_SIZE else recipe.rate or here.task.recovery_rate,
         batch_size=recipe.batch,
         **{"objective": recipe.objective, **more},
     )
