@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# what is used compiles itself; to compile all of torch and transformers takes a minute
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_AS_TESTED := $(PIP) --constraint constraints.txt
 OLDEST_PEFT := 0.21.0
 ENGINES := vllm==0.33.0 sglang==0.5.23
 LLAMA := .cache/engines/llama
@@ -20,7 +22,7 @@ demo: $(VENV)/ready
 # All tests; those of the compact format once more with the oldest PEFT of the supported range.
 test: $(VENV)/ready-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quiet --durations 12
-	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/python -m pytest --quiet tests/test_compact.py
+	PYTHONPATH=$(VENV)/peft-oldest $(BIN)/python -m pytest -n 2 --quiet tests/test_compact.py
 
 # The serving engines' own code on what `lorapack expand` writes for them; 0.4 GB to download, nothing is installed.
 engines: $(VENV)/ready-dev
@@ -42,7 +44,7 @@ llama: $(VENV)/ready-dev
 
 # A hundred adapters on a Ray cluster of two nodes whose workers are killed; Ray (0.3 GB) is put beside the environment, not into it.
 ray: $(VENV)/ready-dev
-	$(PIP) --upgrade --target $(RAY) 'ray>=2.40'
+	$(PIP_AS_TESTED) --upgrade --target $(RAY) 'ray>=2.40'
 	PYTHONPATH=$(RAY):$(CURDIR) $(BIN)/python -m pytest --quiet -rP tests/test_fleet_on_ray.py
 
 lint: $(VENV)/ready-dev
@@ -60,12 +62,12 @@ docs: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable .
+	$(PIP_AS_TESTED) --editable .
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready
-	$(PIP) --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peft-oldest peft==$(OLDEST_PEFT)
+	$(PIP_AS_TESTED) --editable '.[dev]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/peft-oldest peft==$(OLDEST_PEFT)
 	touch $@
 
 clean:
