@@ -580,13 +580,15 @@ def test_batches_hold_every_row_once_longest_first_and_padding_masked(rows, toke
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(encoded_rows(), st.integers(1, 6), st.integers(1, 20), st.integers(0, 3))
-def test_training_batches_go_through_every_row_before_any_comes_again(rows, size, steps, seed):
+def test_training_batches_are_even_and_go_through_every_row_before_any_comes_again(rows, size, steps, seed):
     found = list(training_batches(rows, size, steps, 0, seed))
     assert len(found) == steps
     an_epoch = -(-len(rows) // size)
     for start in range(0, steps - an_epoch + 1, an_epoch):
         seen = [place for batch in found[start : start + an_epoch] for place in batch.places]
         assert sorted(seen) == list(range(len(rows)))
+    lengths = [len(batch.places) for batch in found]
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
     again = list(training_batches(rows, size, steps, 0, seed))
     assert [b.places for b in again] == [b.places for b in found]
     for batch in found:

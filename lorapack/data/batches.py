@@ -46,12 +46,16 @@ def batches(rows: Sequence[Encoded], tokens: int, pad: int) -> list[Batch]:
 
 
 def training_batches(rows: Sequence[Encoded], size: int, steps: int, pad: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches of `size` rows of similar length, in random order, epoch after epoch."""
+    """`steps` batches of rows of similar length, in random order, epoch after epoch.
+
+    They have `size` rows, or fewer where that is no divisor of the number of rows: as many batches as needed,
+    in which the numbers of rows differ by one at most. A remainder of a row or two would be a step like any other.
+    """
     generator = random.Random(seed)
-    made = 0
+    count, made = -(-len(rows) // size), 0
     while True:
         order = sorted(range(len(rows)), key=lambda place: len(rows[place].input_ids) + 8 * generator.random())
-        chunks = [order[at : at + size] for at in range(0, len(order), size)]
+        chunks = [order[len(order) * n // count : len(order) * (n + 1) // count] for n in range(count)]
         generator.shuffle(chunks)
         for chunk in chunks:
             if made == steps:
