@@ -20,7 +20,7 @@ class Parts:
     Attributes:
         calibration: to measure on.
         recovery: to train on.
-        selection: to stop the recovery on.
+        selection: to choose among plans and to stop the recovery on.
         evaluation: to report on; used by nothing else.
     """
 
