@@ -17,7 +17,7 @@ RAY := $(CURDIR)/$(VENV)/ray
 demo: $(VENV)/ready
 	$(BIN)/lorapack compress fixtures/adapter --base fixtures/stories260k \
 		--data fixtures/tinyshakespeare/calibration.jsonl --eval-data fixtures/tinyshakespeare/heldout.jsonl \
-		--budget 50% --learning-rate 3e-3 --out demo-out --overwrite
+		--budget 50% --out demo-out --overwrite
 
 # All tests; those of the compact format once more with the oldest PEFT of the supported range.
 test: $(VENV)/ready-dev
