@@ -1,8 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# what is used compiles itself; to compile all of torch and transformers takes a minute
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_AS_TESTED := $(PIP) --constraint constraints.txt
 OLDEST_PEFT := 0.21.0
 ENGINES := vllm==0.33.0 sglang==0.5.23
