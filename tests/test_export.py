@@ -202,9 +202,9 @@ def test_one_session_serves_the_base_and_adapters_of_different_ranks(small, tmp_
     assert np.abs(pefts(small / "base", other, IDS) - pefts(small / "base", None, IDS)).max() > 0.01
 
 
-@pytest.mark.parametrize("hidden", [64, 2048])
+@pytest.mark.parametrize("hidden", [64, 256, 1024, 2048])
 def test_a_shared_pair_of_factors_is_one_entry_at_every_size(tmp_path, hidden):
-    """Of a size that a folding exporter makes a copy of for every module, and of one that it leaves alone."""
+    """The sizes at which a folding exporter would make a copy for every module."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
     model = LlamaForCausalLM(

@@ -182,7 +182,7 @@ for path in sys.argv[2:]:
         file = Path(path)
         file.with_suffix(".json").write_text(json.dumps(measure(file, READERS[file.parent.name])))
         os._exit(0)
-    os.wait()
+    assert os.wait()[1] == 0, path
 """
 
 
